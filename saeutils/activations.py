@@ -1,0 +1,230 @@
+"""Activations of one hook point over a corpus: collected once, cached on disk, read as shuffled batches."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saeutils import archives, models
+from saeutils.collector import Collector, parse_hook, pools, tokenize
+
+SPLITS = ("train", "validation", "test")
+
+
+def _key(lm: str, hook: str, text: Dataset, load: dict, **rest) -> str:
+    """A digest of everything that the rows depend on, the model's weights and every text included."""
+    digest = hashlib.sha256()
+    for document in text["text"]:
+        digest.update(document.encode() + b"\0")
+    if lm in models.EMBEDDED:
+        lm += str([archives.pinned()[a]["sha256"] for a, _ in models.EMBEDDED[lm][1]])
+    elif Path(lm).is_dir():
+        lm = str([archives.sha256_of(f) for f in sorted(Path(lm).glob("*.safetensors"))])
+    device = load.get("device") or models.default_device()
+    load = {**load, "device": device, "dtype": load.get("dtype") or models.default_dtype(device)}
+    digest.update(json.dumps([lm, hook, {k: str(v) for k, v in load.items()}, rest], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def collect(
+    lm: str,
+    hook: str,
+    text: Dataset,
+    *,
+    n_tokens: int | None = None,
+    context: int = 128,
+    outlier: float = 10.0,
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    **load,
+) -> "Activations":
+    """Activations at ``hook`` over ``text``, from the cache where all inputs are the same.
+
+    The LM is loaded only for shards that are missing or damaged, so an interrupted run goes on where it stopped.
+
+    Args:
+        lm: model name, as :func:`saeutils.models.load_hf` takes it; ``load`` (``dtype``, ``device``, ``revision``) too.
+        hook: ``blocks.L.hook_resid_post`` or ``blocks.L.hook_mlp_out``.
+        text: rows with a column ``text``; one row is one document.
+        n_tokens: how many tokens to run (BOS not counted; outliers are dropped afterwards); None: all.
+        context: window length in tokens, BOS included.
+        outlier: drop rows with a norm above this many medians.
+
+    Raises:
+        ValueError: unknown hook or layer, too little text, non-finite activations.
+    """
+    parse_hook(hook)
+    settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
+    folder = archives.cache_dir("activations", _key(lm, hook, text, load, **settings))
+    acts = Activations(folder)
+    if acts.meta.get("complete") and not acts.damaged():
+        return acts
+    collector = Collector(lm, hook, batch_tokens, **load)
+    windows = tokenize(text, collector.tokenizer, context, n_tokens, seed)
+    cut = pools(windows, seed)
+    meta = {"lm": lm, "hook": hook, **settings, "documents": len(text), "shards": acts.meta.get("shards", {})}
+    missing = acts.damaged() | {n for n in map(_shard, range(len(cut))) if n not in meta["shards"]}
+    done = [sum(len(windows.tokens[i]) for i in p) for n, p in enumerate(cut) if _shard(n) not in missing]
+    with tqdm(total=sum(map(len, windows.tokens)), initial=sum(done), unit=" tok", unit_scale=True, desc=hook) as bar:
+        for n, pool in enumerate(cut):
+            if (name := _shard(n)) in missing:
+                rows = collector.rows(pool, windows, outlier)
+                save_file(rows, folder / f".{name}")
+                os.replace(folder / f".{name}", folder / name)
+                meta["shards"][name] = {"rows": len(rows["x"]), "sha256": archives.sha256_of(folder / name)}
+                _write_json(folder / "meta.json", {**meta, "d": rows["x"].shape[1]})
+                bar.update(sum(len(windows.tokens[i]) for i in pool))
+    _write_json(folder / "meta.json", {**Activations(folder).meta, "complete": True})
+    return Activations(folder)
+
+
+def _shard(n: int) -> str:
+    return f"shard-{n:05d}.safetensors"
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+class Activations:
+    """Collected rows in a folder of shards; memory-mapped, so only what is touched is read.
+
+    Documents are assigned to train, validation and test by a hash of their number, so no document is in two of them.
+    """
+
+    def __init__(self, folder: str | Path, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)):
+        self.folder, self.fractions = Path(folder), fractions
+        meta = self.folder / "meta.json"
+        self.meta: dict = json.loads(meta.read_text()) if meta.exists() else {}
+        self.d: int = self.meta.get("d", 0)
+
+    def damaged(self) -> set[str]:
+        """Names of recorded shards that are missing or do not have their recorded SHA-256."""
+        shards = self.meta.get("shards", {})
+        path = self.folder.joinpath
+        return {n for n, s in shards.items() if not path(n).exists() or archives.sha256_of(path(n)) != s["sha256"]}
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / name)  # safetensors maps the file, it does not read it
+
+    def split_of(self, doc: Tensor) -> Tensor:
+        """Document numbers → 0 train, 1 validation, 2 test."""
+        u = ((doc.long() * 2_654_435_761) % 2**32).double() / 2**32  # Knuth's multiplicative hash
+        edges = torch.tensor(self.fractions, dtype=torch.double).cumsum(0)[:2]
+        return torch.bucketize(u, edges, right=True)
+
+    @cached_property
+    def _rows(self) -> dict[str, list[Tensor]]:
+        """Split → for every shard, the numbers of its rows."""
+        assigned = [self.split_of(self._load(name)["doc"]) for name in self.meta["shards"]]
+        return {s: [(a == i).nonzero()[:, 0] for a in assigned] for i, s in enumerate(SPLITS)}
+
+    def count(self, split: str = "train") -> int:
+        """Number of rows in a split."""
+        return sum(map(len, self._rows[split]))
+
+    def sample(self, n: int, split: str = "validation", seed: int = 0) -> dict[str, Tensor]:
+        """At most ``n`` random rows: ``x`` [n, d] float32, ``token``, ``doc``, ``position`` [n]."""
+        sizes = [len(r) for r in self._rows[split]]
+        picked = np.random.default_rng(seed).permutation(sum(sizes))[:n]
+        edges = np.cumsum([0, *sizes])
+        parts = []
+        for i, name in enumerate(self.meta["shards"]):
+            inside = picked[(picked >= edges[i]) & (picked < edges[i + 1])] - edges[i]
+            if len(inside):
+                rows = self._rows[split][i][torch.from_numpy(inside)]
+                parts.append({k: v[rows] for k, v in self._load(name).items()})
+        if not parts:
+            raise ValueError(f"the {split} split is empty: collect more documents or change fractions={self.fractions}")
+        out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+        return {**out, "x": out["x"].float()}
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of (a sample of) the train rows, [d]."""
+        return self.sample(50_000, "train")["x"].mean(0)
+
+    def scale(self, centre: bool = True) -> float:
+        """The factor that gives train rows (centred or not) the mean norm √d."""
+        x = self.sample(50_000, "train")["x"] - (self.mean if centre else 0)
+        return float(self.d**0.5 / x.norm(dim=-1).mean())
+
+    def batches(
+        self,
+        batch_size: int = 4096,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        start: int = 0,
+        normalise: str = "none",
+        centre: bool = False,
+        group: int = 16,
+    ) -> Iterator[Tensor]:
+        """Endless shuffled batches [batch_size, d], float32, deterministic in ``seed``; ``start`` skips so many cheaply.
+
+        Args:
+            normalise: ``none``; ``l2`` (every row to norm 1); ``scale`` (one factor, mean norm √d, see :meth:`scale`).
+            centre: subtract :attr:`mean` first.
+            group: this many shards are shuffled together (memory: one group).
+        """
+        if normalise not in ("none", "l2", "scale"):
+            raise ValueError(f"unknown normalise={normalise!r}: none, l2 or scale")
+        if self.count(split) < batch_size:
+            raise ValueError(f"{split} has {self.count(split):,} rows, fewer than one batch of {batch_size:,}")
+        shift = self.mean if centre else torch.zeros(self.d)
+        factor = self.scale(centre) if normalise == "scale" else 1.0
+        for rows in self._shuffled(batch_size, split, seed, start, group):
+            x = (rows.float() - shift) * factor
+            yield torch.nn.functional.normalize(x, dim=-1) if normalise == "l2" else x
+
+    def _shuffled(self, size: int, split: str, seed: int, start: int, group: int) -> Iterator[Tensor]:
+        rng = np.random.default_rng(seed)
+        names, left, skip = list(self.meta["shards"]), torch.empty(0, self.d), start * size
+        while True:
+            order = rng.permutation(len(names))
+            for at in range(0, len(order), group):
+                members = order[at : at + group]
+                order_in = rng.permutation(sum(len(self._rows[split][i]) for i in members))
+                if skip >= len(order_in) + len(left) and not len(left):
+                    skip -= len(order_in)
+                    continue
+                x = torch.cat([self._load(names[i])["x"][self._rows[split][i]] for i in members])
+                pool = torch.cat([left.to(x.dtype), x[torch.from_numpy(order_in)]])[skip:]
+                skip = 0
+                whole = len(pool) // size * size
+                if whole:
+                    yield from pool[:whole].split(size)
+                left = pool[whole:]
+
+
+def stream(
+    lm: str, hook: str, text: Dataset, *, batch_size: int = 4096, context: int = 128, outlier: float = 10.0,
+    seed: int = 0, buffer: int = 4, **load,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Endless shuffled batches [batch_size, d] straight from the LM, for runs larger than disk and memory.
+
+    Half of a buffer of ``buffer`` shards is refilled whenever it has been used. Arguments as in :func:`collect`.
+    """
+    collector = Collector(lm, hook, **load)
+    held: list[Tensor] = []
+    for epoch in range(2**31):
+        windows = tokenize(text, collector.tokenizer, context, None, seed + epoch)
+        for n, pool in enumerate(pools(windows, seed + epoch)):
+            held.append(collector.rows(pool, windows, outlier)["x"])
+            if len(held) < buffer:
+                continue
+            mixed = torch.cat(held)
+            mixed = mixed[torch.from_numpy(np.random.default_rng([seed, epoch, n]).permutation(len(mixed)))]
+            out = len(mixed) // 2 // batch_size * batch_size
+            yield from mixed[:out].float().split(batch_size)
+            held = [mixed[out:]]

@@ -1,0 +1,174 @@
+"""One pass of a language model over windows of text, stopped at a hook point: rows of activations come out.
+
+Plain transformers code, truncated at the hook's block and left there by an exception; documents are cut into windows
+of their own (no document sees another) and batched by length.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from saeutils import models
+
+HOOKS = ("hook_resid_post", "hook_mlp_out")
+SHARD_TOKENS = 65_536
+
+
+class _Reached(Exception):
+    """Raised inside the hook: everything after it would be wasted."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A tokenised corpus: ``tokens[i]`` is one window (BOS included), cut from document ``doc[i]`` at ``start[i]``."""
+
+    tokens: list[list[int]]
+    doc: list[int]
+    start: list[int]
+
+
+def parse_hook(hook: str) -> tuple[int, str]:
+    """``blocks.9.hook_resid_post`` → (9, "hook_resid_post"). Raises ValueError with the valid names."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", hook)
+    if not match or match[2] not in HOOKS:
+        raise ValueError(f"unknown hook {hook!r}: give blocks.L.NAME with NAME one of {HOOKS}")
+    return int(match[1]), match[2]
+
+
+def hooked_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
+    """The transformers module whose output is the TransformerLens hook point (Gemma's MLP output is post-normed)."""
+    layer, kind = parse_hook(hook)
+    for path in ("model.layers", "transformer.h", "gpt_neox.layers"):
+        try:
+            blocks = model.get_submodule(path)
+            break
+        except AttributeError:
+            continue
+    else:
+        raise ValueError(f"{type(model).__name__}: no list of blocks at model.layers, transformer.h or gpt_neox.layers")
+    if layer >= len(blocks):
+        raise ValueError(f"hook {hook!r}: the model has blocks 0…{len(blocks) - 1}")
+    block = blocks[layer]
+    if kind == "hook_resid_post":
+        return block
+    return getattr(block, "post_feedforward_layernorm", block.mlp)
+
+
+def tokenize(text: Dataset, tokenizer, context: int, n_tokens: int | None, seed: int) -> Windows:
+    """Windows of at most ``context`` tokens from documents in random order, until they hold ``n_tokens``.
+
+    Raises:
+        ValueError: the text is too short for ``n_tokens``.
+    """
+    order = np.random.default_rng(seed).permutation(len(text)).tolist()
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    body = context - len(bos)
+    out, total = Windows([], [], []), 0
+    for at in range(0, len(order), 1000):
+        chunk = order[at : at + 1000]
+        texts = text.select(chunk)["text"]
+        for doc, ids in zip(chunk, tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]):
+            for start in range(0, len(ids), body):
+                piece = ids[start : start + body]
+                if n_tokens is not None:
+                    piece = piece[: n_tokens - total]
+                if not piece:
+                    return out
+                out.tokens.append(bos + piece)
+                out.doc.append(doc)
+                out.start.append(start)
+                total += len(piece)
+    if n_tokens is not None and total < n_tokens:
+        raise ValueError(
+            f"the text has only {total:,} tokens, {n_tokens:,} were asked for: ask for fewer or add documents"
+        )
+    if not total:
+        raise ValueError("the text has no tokens")
+    return out
+
+
+def pools(windows: Windows, seed: int) -> list[list[int]]:
+    """Window numbers in random order, cut into pools of about SHARD_TOKENS tokens: one pool fills one shard."""
+    pools, size = [[]], 0
+    for i in np.random.default_rng(seed + 1).permutation(len(windows.tokens)).tolist():
+        if size >= SHARD_TOKENS:
+            pools.append([])
+            size = 0
+        pools[-1].append(i)
+        size += len(windows.tokens[i])
+    return pools
+
+
+def _batches(pool: list[int], windows: Windows, batch_tokens: int) -> Iterator[list[int]]:
+    """Windows of similar length together, at most ``batch_tokens`` tokens with padding."""
+    batch: list[int] = []
+    for i in sorted(pool, key=lambda i: len(windows.tokens[i])):
+        if batch and (len(batch) + 1) * len(windows.tokens[i]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+class Collector:
+    """Runs an LM, truncated at the hook's block, and returns activations of pools of windows as flat rows."""
+
+    def __init__(self, lm: str, hook: str, batch_tokens: int = 2048, **load):
+        self.model, self.tokenizer = models.load_hf(lm, layers=parse_hook(hook)[0] + 1, **load)
+        self.hook, self.batch_tokens = hook, batch_tokens
+        self.module = hooked_module(self.model, hook)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [batch, position], padded on the right → activations [batch, position, d].
+
+        No attention mask: in a causal LM no token sees the padding behind it.
+        """
+        reached: list[Tensor] = []
+
+        def stop(_module, _inputs, output):
+            reached.append(output[0] if isinstance(output, tuple) else output)
+            raise _Reached
+
+        handle = self.module.register_forward_hook(stop)
+        try:
+            self.model(ids.to(self.model.device), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return reached[0]
+
+    def rows(self, pool: list[int], windows: Windows, outlier: float) -> dict[str, Tensor]:
+        """Rows of one pool: ``x`` [n, d], ``token``, ``doc``, ``position`` [n] (position within its document).
+
+        BOS is dropped, and so is every row whose norm exceeds ``outlier`` times the pool's median (attention sinks).
+        """
+        parts: dict[str, list[Tensor]] = {"x": [], "token": [], "doc": [], "position": []}
+        bos = int(self.tokenizer.bos_token_id is not None)
+        for batch in _batches(pool, windows, self.batch_tokens):
+            length = torch.tensor([len(windows.tokens[i]) for i in batch])
+            ids = torch.zeros(len(batch), int(length.max()), dtype=torch.long)
+            for row, i in enumerate(batch):
+                ids[row, : length[row]] = torch.tensor(windows.tokens[i])
+            place = torch.arange(ids.shape[1]).expand_as(ids)
+            keep = (place >= bos) & (place < length[:, None])  # [batch, position]
+            parts["x"].append(self.forward(ids).cpu()[keep])
+            parts["token"].append(ids[keep].int())
+            parts["doc"].append(torch.tensor([windows.doc[i] for i in batch])[:, None].expand_as(ids)[keep].int())
+            start = torch.tensor([windows.start[i] for i in batch])[:, None]
+            parts["position"].append((start + place - bos)[keep].int())
+        out = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        norms = out["x"].float().norm(dim=-1)
+        if not torch.isfinite(norms).all():
+            raise ValueError(
+                f"{self.hook} gave NaN or inf in {out['x'].dtype}: use dtype=torch.float32 (float16 overflows on Gemma)"
+            )
+        fine = norms <= outlier * norms.median()
+        return {name: tensor[fine] for name, tensor in out.items()}

