@@ -1,0 +1,243 @@
+"""Edits of the residual stream while a TransformerBridge runs: each is a (hook point, function) pair, and they compose.
+
+    with edited(lm, [add(hook, sae.W_dec[7], 40.0), clamp(hook, sae, 9, 0.0)]):
+        generate(lm, ["he is such a"])
+
+Latent edits add decode(f′) − decode(f) to the activation: whatever the SAE does not reconstruct (its error term) stays
+in place, so nothing cancels the edit, and an SAE that normalises its input gets each token's own scale back.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+Edit = tuple[str, Callable[..., Tensor]]
+Positions = slice | Sequence[int] | None
+AFTER_BOS = slice(1, None)
+SINK = 10.0  # rows with a norm above this many medians are attention sinks: steering leaves them alone
+
+
+def _edit(hook: str, delta: Callable[[Tensor], Tensor], positions: Positions) -> Edit:
+    """Wrap ``delta`` (rows [n, d] → rows [n, d] to add) so that it acts on the chosen positions only.
+
+    Positions count from the start of the prompt, generated tokens go on from there; with a key-value cache the hook sees
+    one new position a call, so the count is kept here. Negative ones count from the prompt's end; None means every one.
+    The default everywhere is all but BOS, whose activation is an attention sink of another scale.
+    """
+    wanted = positions if positions is None or isinstance(positions, slice) else sorted(positions)
+    state = {"seen": 0, "prompt": 0}
+
+    def apply(x: Tensor, hook=None) -> Tensor:  # x [batch, position, d]
+        length = x.shape[1]
+        if length > 1 or not state["prompt"]:
+            state.update(seen=0, prompt=length)
+        place = torch.arange(state["seen"], state["seen"] + length, device=x.device)
+        state["seen"] += length
+        norms = x.float().norm(dim=-1)  # [batch, position]
+        mask = norms <= SINK * norms.median() if length > 2 else torch.ones_like(norms, dtype=torch.bool)
+        if wanted is not None:
+            mask = mask & _selected(place, wanted, state["prompt"])
+        if not mask.any():
+            return x
+        out = x.clone()
+        out[mask] = (x[mask].float() + delta(x[mask].float())).to(x.dtype)
+        return out
+
+    return hook, apply
+
+
+def _selected(place: Tensor, wanted: slice | list[int], prompt: int) -> Tensor:
+    if isinstance(wanted, slice):
+        start, stop, step = wanted.start or 0, wanted.stop, wanted.step or 1
+        start = start + prompt if start < 0 else start
+        stop = None if stop is None else stop + prompt if stop < 0 else stop
+        return (place >= start) & ((place - start) % step == 0) & (place < stop if stop is not None else True)
+    numbers = torch.tensor([p + prompt if p < 0 else p for p in wanted], device=place.device)
+    return torch.isin(place, numbers)
+
+
+def add(hook: str, direction: Tensor, strength: float = 1.0, positions: Positions = AFTER_BOS) -> Edit:
+    """x ← x + strength·direction, for ``direction`` [d] (not normalised here: the strength is in its units)."""
+    vector = (strength * direction).detach().float()
+    return _edit(hook, lambda x: vector.to(x.device).expand_as(x), positions)
+
+
+def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: Positions = AFTER_BOS) -> Edit:
+    """x ← x + decode(change(f)) − decode(f) with f = encode(x) [n, d_sae]; ``change`` returns new activations."""
+    if hook and (trained_at := sae.cfg.metadata.hook_name) and trained_at != hook:
+        raise ValueError(f"the SAE was trained at {trained_at}, not at {hook}")
+
+    @torch.no_grad()
+    def delta(x: Tensor) -> Tensor:
+        x = x.to(sae.dtype)
+        acts = sae.encode(x)
+        before = sae.decode(acts)  # uses, and forgets, the input scale that encode has just measured
+        sae.run_time_activation_norm_fn_in(x)
+        return (sae.decode(change(acts.clone())) - before).float()
+
+    return _edit(hook, delta, positions)
+
+
+def _checked(sae: SAE, latent: int | Sequence[int]) -> list[int]:
+    numbers = [latent] if isinstance(latent, int) else list(latent)
+    if bad := [n for n in numbers if not 0 <= n < sae.cfg.d_sae]:
+        raise ValueError(f"latents {bad} are outside the dictionary: 0…{sae.cfg.d_sae - 1}")
+    return numbers
+
+
+def clamp(hook: str, sae: SAE, latent: int | Sequence[int], value: float, positions: Positions = AFTER_BOS) -> Edit:
+    """Set latents to ``value``, in the SAE's own units (after its input normalisation)."""
+    numbers = _checked(sae, latent)
+    return latents(hook, sae, lambda f: f.index_fill(1, torch.tensor(numbers, device=f.device), value), positions)
+
+
+def scale(hook: str, sae: SAE, latent: int | Sequence[int], factor: float, positions: Positions = AFTER_BOS) -> Edit:
+    """Multiply latents by ``factor`` wherever they are active."""
+    numbers = _checked(sae, latent)
+
+    def change(f: Tensor) -> Tensor:
+        f[:, numbers] *= factor
+        return f
+
+    return latents(hook, sae, change, positions)
+
+
+def ablate(hook: str, sae: SAE, latent: int | Sequence[int], positions: Positions = AFTER_BOS) -> Edit:
+    """Set latents to zero."""
+    return clamp(hook, sae, latent, 0.0, positions)
+
+
+def project_out(hook: str, directions: Tensor, positions: Positions = AFTER_BOS) -> Edit:
+    """Remove the span of ``directions`` [d] or [n, d] from the activation."""
+    basis = torch.linalg.qr(torch.atleast_2d(directions).detach().float().T)[0]  # [d, n]
+    return _edit(hook, lambda x: -(x @ basis.to(x.device)) @ basis.to(x.device).T, positions)
+
+
+def splice(hook: str, sae: SAE) -> Edit:
+    """x ← decode(encode(x)): the SAE's reconstruction in place of the activation (BOS and sinks excepted)."""
+
+    @torch.no_grad()
+    def delta(x: Tensor) -> Tensor:
+        return sae(x.to(sae.dtype)).float() - x
+
+    return _edit(hook, delta, AFTER_BOS)
+
+
+@contextmanager
+def edited(lm: TransformerBridge, edits: Iterable[Edit]):
+    """Apply edits, in order, for the length of the block; removed on exit, after an exception too.
+
+    Raises:
+        ValueError: the model has no such hook point (before anything runs).
+    """
+    edits = list(edits)
+    if missing := sorted({name for name, _ in edits} - set(lm.hook_dict)):
+        raise ValueError(f"{lm.cfg.model_name} has no hook points {missing}; it has blocks 0…{lm.cfg.n_layers - 1}")
+    with lm.hooks(fwd_hooks=edits):
+        yield lm
+
+
+@torch.no_grad()
+def generate(
+    lm: TransformerBridge,
+    prompts: Sequence[str],
+    edits: Iterable[Edit] = (),
+    *,
+    tokens: int = 24,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[list[str]]:
+    """Continuations: for every prompt a list of ``samples`` texts (the prompt not included).
+
+    Prompts of equal token length share a batch, so nothing is padded. Temperature 0 is greedy; sampling is seeded, and
+    leaves the global random state as it was.
+    """
+    if not prompts or any(not p for p in prompts):
+        raise ValueError("give at least one prompt, none of them empty")
+    ids = [lm.to_tokens(p)[0] for p in prompts for _ in range(samples)]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out: list[str] = [""] * len(ids)
+    devices = [lm.cfg.device] if str(lm.cfg.device).startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices), edited(lm, edits):
+        torch.manual_seed(seed)
+        while order:
+            length = len(ids[order[0]])
+            batch = [i for i in order[:batch_size] if len(ids[i]) == length]
+            order = order[len(batch) :]
+            stacked = torch.stack([ids[i] for i in batch])
+            made = lm.generate(
+                stacked, max_new_tokens=tokens, do_sample=temperature > 0, temperature=temperature or 1.0,
+                stop_at_eos=False, return_type="tokens", verbose=False,
+            )  # fmt: skip
+            for i, row in zip(batch, made[:, length:]):
+                out[i] = lm.tokenizer.decode(row, skip_special_tokens=True)
+    return [out[i : i + samples] for i in range(0, len(out), samples)]
+
+
+@torch.no_grad()
+def continuation_loss(lm: TransformerBridge, prompts: Sequence[str], texts: Sequence[Sequence[str]], batch_size: int = 64) -> Tensor:
+    """Mean cross-entropy (nats a token) of each continuation under the unedited model → [prompts, samples]."""
+    pairs = [(p, t) for p, row in zip(prompts, texts) for t in row]
+    losses = torch.full((len(pairs),), float("nan"))
+    encoded = [(lm.to_tokens(p)[0], lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for p, t in pairs]
+    for at in range(0, len(pairs), batch_size):
+        part = encoded[at : at + batch_size]
+        rows = [torch.cat([p, torch.tensor(t, dtype=p.dtype, device=p.device)]) for p, t in part]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right-padded: causal, so harmless
+        logits = lm(ids)[:, :-1].float()  # [batch, position, vocabulary]
+        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(part), -1)
+        for i, (p, t) in enumerate(part):
+            if t:
+                losses[at + i] = nll[i, len(p) - 1 : len(p) - 1 + len(t)].mean()
+    return losses.view(len(prompts), -1)
+
+
+@torch.no_grad()
+def loss_recovered(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int = 128, batch_size: int = 8) -> dict[str, float]:
+    """How much of the LM's loss survives when the SAE's reconstruction replaces the activation.
+
+    (L_zero − L_sae)/(L_zero − L_clean), as in SAEBench; also against mean ablation, the harder reference where the
+    residual stream has a large constant part. Losses in nats a token over windows of ``context`` tokens.
+
+    Returns:
+        clean, sae, zero, mean (losses), recovered, recovered_mean.
+    """
+    bos = [lm.tokenizer.bos_token_id] if lm.tokenizer.bos_token_id is not None else []
+    rows = [bos + r[: context - len(bos)] for r in lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    rows = sorted((r for r in rows if len(r) > 2), key=len)
+    if not rows:
+        raise ValueError("no text of at least two tokens to measure the loss on")
+    total, count = [0.0, 0], None
+
+    def remember(x, hook=None):
+        flat = x[:, 1:].flatten(0, 1).float()
+        fine = flat[flat.norm(dim=1) <= SINK * flat.norm(dim=1).median()]
+        total[0], total[1] = total[0] + fine.sum(0), total[1] + len(fine)
+
+    def loss(edits: list[Edit]) -> float:
+        nll, count = 0.0, 0
+        for at in range(0, len(rows), batch_size):
+            part = [torch.tensor(r) for r in rows[at : at + batch_size]]
+            ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(lm.cfg.device)
+            target = torch.nn.utils.rnn.pad_sequence([p[1:] for p in part], batch_first=True, padding_value=-100)
+            with edited(lm, edits):
+                logits = lm(ids)[:, :-1].float()
+            nll += float(F.cross_entropy(logits.flatten(0, 1), target.to(ids.device).flatten(), ignore_index=-100, reduction="sum"))
+            count += int((target != -100).sum())
+        return nll / count
+
+    clean = loss([(hook, remember)])
+    mean = total[0] / total[1]
+    spliced, zero = loss([splice(hook, sae)]), loss([_edit(hook, lambda x: -x, AFTER_BOS)])
+    averaged = loss([_edit(hook, lambda x: mean - x, AFTER_BOS)])
+    return {
+        "clean": clean, "sae": spliced, "zero": zero, "mean": averaged,
+        "recovered": (zero - spliced) / (zero - clean), "recovered_mean": (averaged - spliced) / (averaged - clean),
+    }  # fmt: skip

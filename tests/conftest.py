@@ -1,0 +1,20 @@
+"""Shared by all tests: two threads, a headless backend, and real rows to train on."""
+
+import matplotlib
+import pytest
+import torch
+
+matplotlib.use("Agg")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def rows() -> torch.Tensor:
+    """Real activations [n, 640]: the embedding-side residual stream of Gemma-3-270m on Wikipedia, centred, norm √d."""
+    from saeutils import activations, text
+
+    acts = activations.collect(
+        "gemma-3-270m", "blocks.0.hook_resid_post", text.load_text("wikipedia-summaries", max_docs=400), n_tokens=20_000
+    )
+    x = acts.sample(16_000, "train")["x"]
+    return (x - acts.mean) * acts.scale()

@@ -1,0 +1,122 @@
+"""sparse_topk against dense autograd and against SAELens' TopK."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAE, TrainStepInput
+from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saeutils.training import _Trainer
+
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def _pair(d, n, k, seed=0, **kw):
+    """Ours and SAELens' TopK with equal weights, decoder rows at norm 1 and all biases non-zero."""
+    torch.manual_seed(seed)
+    ours = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=d, d_sae=n, k=k, **kw))
+    theirs = TopKTrainingSAE(
+        TopKTrainingSAEConfig(d_in=d, d_sae=n, k=k, rescale_acts_by_decoder_norm=False, decoder_init_norm=1.0, **kw)
+    )
+    with torch.no_grad():
+        ours.b_enc.normal_(std=0.1)
+        ours.b_dec.normal_(std=0.1)
+        for name in PARAMETERS:
+            getattr(theirs, name).copy_(getattr(ours, name))
+    return ours, theirs
+
+
+def _gradients(sae, x, dead=None):
+    sae.zero_grad()
+    step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)
+    out = sae.training_forward_pass(step)
+    out.loss.backward()
+    return out, {n: getattr(sae, n).grad.clone() for n in PARAMETERS}
+
+
+def _close(a, b, tolerance=1e-5):
+    return float(((a - b).norm() / b.norm().clamp_min(1e-12)).detach()) <= tolerance
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    d=st.integers(2, 24), n=st.integers(3, 60), k=st.integers(1, 3), batch=st.integers(1, 300), n_dead=st.integers(0, 60),
+    shift=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed):
+    ours, theirs = _pair(d, n, k, seed, apply_b_dec_to_input=shift)
+    x = torch.randn(batch, d)
+    dead = torch.arange(n) < n_dead
+    a, grads_a = _gradients(ours, x, dead)
+    b, grads_b = _gradients(theirs, x, dead)
+    assert _close(a.loss, b.loss)
+    assert _close(a.feature_acts.to_dense(), b.feature_acts)
+    for name in PARAMETERS:
+        assert _close(grads_a[name], grads_b[name]), name
+
+
+def test_fifty_steps_equal_saelens(rows):
+    """Same trainer (SAELens' own), same batches: losses and weights agree to 1e-4."""
+    ours, theirs = _pair(640, 2048, 32, aux_loss_coefficient=1 / 32)
+    cfg = SAETrainerConfig(
+        total_training_samples=50 * 512, train_batch_size_samples=512, lr=3e-4, lr_end=3e-4, dead_feature_window=10
+    )
+    batches = [rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(i))[:512]] for i in range(50)]
+    total, mse = ([], []), ([], [])
+    for i, sae in enumerate((ours, theirs)):
+        trainer = SAETrainer(cfg, sae, iter([]))
+        for batch in batches:
+            out = trainer.step(batch)
+            total[i].append(float(out.loss.detach()))
+            mse[i].append(float(out.losses["mse_loss"].detach()))
+            trainer.n_training_steps += 1
+    assert total[0] == pytest.approx(total[1], rel=1e-4)
+    assert mse[0][-1] < mse[0][0]  # it did learn
+    assert total[0][-1] > mse[0][-1]  # and some latents were dead, so aux-k took part
+    for name in PARAMETERS:
+        assert _close(getattr(ours, name), getattr(theirs, name), 1e-4), name
+
+
+def test_our_trainer_equals_saelens_trainer(rows):
+    """Fused Adam with clipping inside the kernel and sparse bookkeeping change nothing but the time."""
+    saes = [_pair(640, 1024, 16)[0] for _ in range(2)]
+    cfg = SAETrainerConfig(
+        total_training_samples=20 * 512, train_batch_size_samples=512, lr=3e-4, lr_end=3e-4, lr_warm_up_steps=5,
+        lr_decay_steps=5, dead_feature_window=5,
+    )  # fmt: skip
+    ours = _Trainer(cfg, saes[0], iter([]), unit_norm=False, aux_k=1.0)
+    theirs = SAETrainer(cfg, saes[1], iter([]))
+    for i in range(20):
+        a, b = ours.step(rows[i * 512 : (i + 1) * 512]), theirs.step(rows[i * 512 : (i + 1) * 512])
+        assert float(a.loss.detach()) == pytest.approx(float(b.loss.detach()), rel=1e-4)
+    assert torch.equal(ours.act_freq_scores, theirs.act_freq_scores)
+    assert torch.equal(ours.n_forward_passes_since_fired, theirs.n_forward_passes_since_fired)
+
+
+def test_saved_as_an_ordinary_topk_sae(tmp_path, rows):
+    sae, _ = _pair(640, 512, 8)
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert type(loaded) is TopKSAE and loaded.cfg.architecture() == "topk" and loaded.cfg.k == 8
+    assert torch.equal(loaded(rows[:64]), sae(rows[:64]))
+    reconstruction, values, indices = sae.sparse_forward(rows[:64])
+    assert torch.allclose(reconstruction, loaded(rows[:64]), atol=1e-4)
+    assert torch.allclose(torch.zeros(64, 512).scatter(1, indices, values), loaded.encode(rows[:64]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kw, message",
+    [
+        ({"k": 0}, "k=0 must lie between 1 and d_sae=32"),
+        ({"k": 33}, "k=33 must lie between 1 and d_sae=32"),
+        ({"k": 4, "rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm=False"),
+        ({"k": 4, "normalize_activations": "layer_norm"}, "normalize_activations='none'"),
+    ],
+)
+def test_settings_are_checked(kw, message):
+    with pytest.raises(ValueError, match=message):
+        SparseTopKTrainingSAEConfig(d_in=8, d_sae=32, **kw)

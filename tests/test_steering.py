@@ -1,0 +1,123 @@
+"""Steering hooks against arithmetic done by hand on a real LM."""
+
+import pytest
+import torch
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+from saeutils import models, steering
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return models.load_lm("gemma-3-270m", dtype=torch.float32)
+
+
+def _sae(normalise="none", d=640):
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=d, d_sae=256, k=16, normalize_activations=normalise))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(256, d), dim=1))
+        sae.W_enc.copy_(sae.W_dec.T)
+    return sae
+
+
+def _resid(lm, prompt, edits=()):
+    with steering.edited(lm, edits), torch.no_grad():
+        return lm.run_with_cache(prompt, names_filter=[HOOK])[1][HOOK][0]
+
+
+PROMPT = "he is such a good man and everybody knows it"
+
+
+def test_add_moves_every_token_but_the_sink(lm):
+    before, direction = _resid(lm, PROMPT), torch.randn(640)
+    after = _resid(lm, PROMPT, [steering.add(HOOK, direction, 3.0)])
+    assert torch.equal(after[0], before[0])  # BOS
+    assert torch.allclose(after[1:] - before[1:], (3 * direction).expand_as(after[1:]), atol=1e-2)
+
+
+@pytest.mark.parametrize("positions, moved", [([2], {2}), ([-1], {10}), (slice(3, 5), {3, 4}), (slice(-2, None), {9, 10})])
+def test_positions(lm, positions, moved):
+    before = _resid(lm, PROMPT)
+    after = _resid(lm, PROMPT, [steering.add(HOOK, torch.ones(640), 5.0, positions)])
+    changed = (after - before).abs().amax(1) > 1
+    assert set(changed.nonzero()[:, 0].tolist()) == moved
+
+
+@pytest.mark.parametrize("normalise", ["none", "layer_norm"])
+def test_clamp_changes_one_latent_and_keeps_the_error_term(lm, normalise):
+    sae, before = _sae(normalise), _resid(lm, PROMPT)
+    acts = sae.encode(before[1:])
+    value = 7.0
+    after = _resid(lm, PROMPT, [steering.clamp(HOOK, sae, 11, value)])
+    per_token = before[1:].std(dim=1, keepdim=True) if normalise == "layer_norm" else 1.0
+    expected = (value - acts[:, 11:12]) * per_token * sae.W_dec[11]
+    assert torch.allclose(after[1:] - before[1:], expected.detach(), rtol=1e-2, atol=2e-2 * float(expected.detach().abs().max()))
+
+
+def test_scale_and_ablate_touch_only_active_latents(lm):
+    sae, before = _sae(), _resid(lm, PROMPT)
+    acts = sae.encode(before[1:])
+    busy = int((acts > 0).sum(0).argmax())
+    for edit, factor in ((steering.ablate(HOOK, sae, busy), -1.0), (steering.scale(HOOK, sae, busy, 3.0), 2.0)):
+        moved = _resid(lm, PROMPT, [edit])[1:] - before[1:]
+        assert torch.allclose(moved, factor * acts[:, busy : busy + 1] * sae.W_dec[busy], atol=2e-2)
+
+
+def test_project_out_and_composition(lm):
+    directions = torch.randn(3, 640)
+    after = _resid(lm, PROMPT, [steering.add(HOOK, directions[0], 100.0), steering.project_out(HOOK, directions)])
+    unit = torch.nn.functional.normalize(directions, dim=1)
+    assert (after[1:] @ unit.T).abs().max() < 1e-2 * after[1:].norm(dim=1).mean()
+
+
+def test_hooks_are_gone_after_an_exception(lm):
+    before = _resid(lm, PROMPT)
+    with pytest.raises(RuntimeError), steering.edited(lm, [steering.add(HOOK, torch.ones(640), 9.0)]):
+        raise RuntimeError
+    assert torch.equal(_resid(lm, PROMPT), before)
+
+
+def test_generation_counts_positions_across_the_cache(lm):
+    """Editing the first generated position only, with a cache, equals an uncached pass edited there."""
+    prompt = "the weather today is"
+    ids = lm.to_tokens(prompt)
+    first = int(lm(ids)[0, -1].argmax())
+    edit = steering.add(HOOK, torch.randn(640, generator=torch.Generator().manual_seed(1)), 100.0, [ids.shape[1]])
+    with steering.edited(lm, [edit]), torch.no_grad():
+        whole = lm(torch.cat([ids, torch.tensor([[first]])], 1))[0, -1].argmax()
+    two = lm.tokenizer.decode([first, int(whole)], skip_special_tokens=True)
+    assert steering.generate(lm, [prompt], [edit], tokens=2)[0][0] == two
+
+
+def test_sampling_is_seeded_and_batched(lm):
+    prompts = ["he is", "the weather today is"]
+    state = torch.get_rng_state()
+    a = steering.generate(lm, prompts, tokens=5, temperature=0.7, samples=3, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert a == steering.generate(lm, prompts, tokens=5, temperature=0.7, samples=3, seed=1)
+    assert a != steering.generate(lm, prompts, tokens=5, temperature=0.7, samples=3, seed=2)
+    assert [len(r) for r in a] == [3, 3]
+    loss = steering.continuation_loss(lm, prompts, a)
+    assert loss.shape == (2, 3) and torch.isfinite(loss).all()
+
+
+def test_loss_recovered_bounds(lm):
+    texts = [PROMPT, "Paris is the capital of France and its largest city."]
+    result = steering.loss_recovered(lm, _sae(), HOOK, texts)
+    assert result["recovered"] <= 1.01 and result["zero"] != result["clean"]
+
+
+def test_bad_input(lm):
+    sae = _sae()
+    with pytest.raises(ValueError, match="outside the dictionary: 0…255"):
+        steering.clamp(HOOK, sae, 256, 1.0)
+    with pytest.raises(ValueError, match="no hook points"), steering.edited(lm, [steering.add("blocks.99.hook_resid_post", torch.ones(640))]):
+        pass
+    with pytest.raises(ValueError, match="at least one prompt"):
+        steering.generate(lm, [])
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    with pytest.raises(ValueError, match=r"trained at blocks\.1"):
+        steering.ablate(HOOK, sae, 1)
