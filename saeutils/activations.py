@@ -149,6 +149,13 @@ class Activations:
         out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
         return {**out, "x": out["x"].float()}
 
+    def all(self) -> dict[str, Tensor]:
+        """Every row of a small set, sorted by document and position: ``x`` float32, ``token``, ``doc``, ``position``."""
+        shards = [self._load(name) for name in self.meta["shards"]]
+        out = {k: torch.cat([s[k] for s in shards]) for k in shards[0]}
+        order = (out["doc"].long() * (1 << 32) + out["position"]).argsort()
+        return {k: (v.float() if k == "x" else v)[order] for k, v in out.items()}
+
     @cached_property
     def mean(self) -> Tensor:
         """Mean of (a sample of) the train rows, [d]."""

@@ -30,7 +30,9 @@ def resample_anthropic(sae: TrainingSAE, dead: Tensor, batch: Tensor, generator:
     if not len(dead):
         return
     loss = (batch - sae(batch)).pow(2).sum(1)  # [batch]
-    drawn = torch.multinomial(loss.double().square().cpu(), len(dead), replacement=len(dead) > len(batch), generator=generator)
+    drawn = torch.multinomial(
+        loss.double().square().cpu(), len(dead), replacement=len(dead) > len(batch), generator=generator
+    )
     direction = batch[drawn.to(batch.device)] - sae.b_dec  # [n_dead, d_in]
     direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-8)
     alive = torch.ones(sae.cfg.d_sae, dtype=torch.bool, device=sae.W_enc.device)

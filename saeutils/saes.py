@@ -76,7 +76,9 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         if self.rescale_acts_by_decoder_norm:
             raise ValueError("sparse_topk keeps decoder rows at unit norm: set rescale_acts_by_decoder_norm=False")
         if self.normalize_activations != "none":
-            raise ValueError("sparse_topk takes normalised batches: set normalize_activations='none' and see fold_scale")
+            raise ValueError(
+                "sparse_topk takes normalised batches: set normalize_activations='none' and see fold_scale"
+            )
         if not 0 < self.k <= self.d_sae:
             raise ValueError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
 
@@ -114,7 +116,10 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         aux = self._sparse_aux_loss(x, sae_out, step_input.dead_neuron_mask)
         row = torch.arange(len(x), device=x.device).repeat_interleave(values.shape[1])
         acts = torch.sparse_coo_tensor(
-            torch.stack([row, indices.flatten()]), values.detach().flatten(), (len(x), self.cfg.d_sae), check_invariants=False
+            torch.stack([row, indices.flatten()]),
+            values.detach().flatten(),
+            (len(x), self.cfg.d_sae),
+            check_invariants=False,
         )
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
         return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)

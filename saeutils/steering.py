@@ -182,7 +182,9 @@ def generate(
 
 
 @torch.no_grad()
-def continuation_loss(lm: TransformerBridge, prompts: Sequence[str], texts: Sequence[Sequence[str]], batch_size: int = 64) -> Tensor:
+def continuation_loss(
+    lm: TransformerBridge, prompts: Sequence[str], texts: Sequence[Sequence[str]], batch_size: int = 64
+) -> Tensor:
     """Mean cross-entropy (nats a token) of each continuation under the unedited model → [prompts, samples]."""
     pairs = [(p, t) for p, row in zip(prompts, texts) for t in row]
     losses = torch.full((len(pairs),), float("nan"))
@@ -200,7 +202,9 @@ def continuation_loss(lm: TransformerBridge, prompts: Sequence[str], texts: Sequ
 
 
 @torch.no_grad()
-def loss_recovered(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int = 128, batch_size: int = 8) -> dict[str, float]:
+def loss_recovered(
+    lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int = 128, batch_size: int = 8
+) -> dict[str, float]:
     """How much of the LM's loss survives when the SAE's reconstruction replaces the activation.
 
     (L_zero − L_sae)/(L_zero − L_clean), as in SAEBench; also against mean ablation, the harder reference where the
@@ -210,11 +214,14 @@ def loss_recovered(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[s
         clean, sae, zero, mean (losses), recovered, recovered_mean.
     """
     bos = [lm.tokenizer.bos_token_id] if lm.tokenizer.bos_token_id is not None else []
-    rows = [bos + r[: context - len(bos)] for r in lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    rows = [
+        bos + r[: context - len(bos)]
+        for r in lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ]
     rows = sorted((r for r in rows if len(r) > 2), key=len)
     if not rows:
         raise ValueError("no text of at least two tokens to measure the loss on")
-    total, count = [0.0, 0], None
+    total = [0.0, 0]
 
     def remember(x, hook=None):
         flat = x[:, 1:].flatten(0, 1).float()
@@ -229,7 +236,11 @@ def loss_recovered(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[s
             target = torch.nn.utils.rnn.pad_sequence([p[1:] for p in part], batch_first=True, padding_value=-100)
             with edited(lm, edits):
                 logits = lm(ids)[:, :-1].float()
-            nll += float(F.cross_entropy(logits.flatten(0, 1), target.to(ids.device).flatten(), ignore_index=-100, reduction="sum"))
+            nll += float(
+                F.cross_entropy(
+                    logits.flatten(0, 1), target.to(ids.device).flatten(), ignore_index=-100, reduction="sum"
+                )
+            )
             count += int((target != -100).sum())
         return nll / count
 

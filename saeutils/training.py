@@ -29,14 +29,18 @@ CHUNK = 512  # decoder rows handled at a time, so that gradient and weights meet
 class _Trainer(SAETrainer):
     """SAELens' trainer with a fused optimiser, sparse bookkeeping, and decoder rows kept at unit norm."""
 
-    def __init__(self, cfg: SAETrainerConfig, sae: TrainingSAE, batches: Iterator[Tensor], unit_norm: bool, aux_k: float):
+    def __init__(
+        self, cfg: SAETrainerConfig, sae: TrainingSAE, batches: Iterator[Tensor], unit_norm: bool, aux_k: float
+    ):
         super().__init__(cfg, sae, batches)
         self.unit_norm, self.aux_k = unit_norm, aux_k
         self.clip = torch.ones((), device=cfg.device)  # the fused kernel divides gradients by it as it reads them
         for group in self.optimizer.param_groups:
             group["fused"], group["foreach"] = True, False
         self.optimizer.grad_scale, self.optimizer.found_inf = self.clip, torch.zeros((), device=cfg.device)
-        self.fired = torch.zeros(sae.cfg.d_sae, device=cfg.device)  # rows on which each latent fired since the last check
+        self.fired = torch.zeros(
+            sae.cfg.d_sae, device=cfg.device
+        )  # rows on which each latent fired since the last check
         self.seen = 0
 
     def _train_step(self, sae: TrainingSAE, sae_in: Tensor) -> TrainStepOutput:
@@ -54,7 +58,9 @@ class _Trainer(SAETrainer):
             if self.aux_k and not isinstance(sae, TopKTrainingSAE) and bool(self.dead_neurons.any()):
                 self._add_aux_k(output)
         if not torch.isfinite(output.loss.detach()):
-            raise ValueError(f"loss is {output.loss.item()} at step {self.n_training_steps}: NaN or inf in the activations, or lr too high")
+            raise ValueError(
+                f"loss is {output.loss.item()} at step {self.n_training_steps}: NaN or inf in the activations, or lr too high"
+            )
         self._count(output.feature_acts)
         output.loss.backward()
         if self.unit_norm:

@@ -75,7 +75,6 @@ def test_fifty_steps_equal_saelens(rows):
             mse[i].append(float(out.losses["mse_loss"].detach()))
             trainer.n_training_steps += 1
     assert total[0] == pytest.approx(total[1], rel=1e-4)
-    assert mse[0][-1] < mse[0][0]  # it did learn
     assert total[0][-1] > mse[0][-1]  # and some latents were dead, so aux-k took part
     for name in PARAMETERS:
         assert _close(getattr(ours, name), getattr(theirs, name), 1e-4), name

@@ -38,7 +38,9 @@ def test_add_moves_every_token_but_the_sink(lm):
     assert torch.allclose(after[1:] - before[1:], (3 * direction).expand_as(after[1:]), atol=1e-2)
 
 
-@pytest.mark.parametrize("positions, moved", [([2], {2}), ([-1], {10}), (slice(3, 5), {3, 4}), (slice(-2, None), {9, 10})])
+@pytest.mark.parametrize(
+    "positions, moved", [([2], {2}), ([-1], {10}), (slice(3, 5), {3, 4}), (slice(-2, None), {9, 10})]
+)
 def test_positions(lm, positions, moved):
     before = _resid(lm, PROMPT)
     after = _resid(lm, PROMPT, [steering.add(HOOK, torch.ones(640), 5.0, positions)])
@@ -54,7 +56,9 @@ def test_clamp_changes_one_latent_and_keeps_the_error_term(lm, normalise):
     after = _resid(lm, PROMPT, [steering.clamp(HOOK, sae, 11, value)])
     per_token = before[1:].std(dim=1, keepdim=True) if normalise == "layer_norm" else 1.0
     expected = (value - acts[:, 11:12]) * per_token * sae.W_dec[11]
-    assert torch.allclose(after[1:] - before[1:], expected.detach(), rtol=1e-2, atol=2e-2 * float(expected.detach().abs().max()))
+    assert torch.allclose(
+        after[1:] - before[1:], expected.detach(), rtol=1e-2, atol=2e-2 * float(expected.detach().abs().max())
+    )
 
 
 def test_scale_and_ablate_touch_only_active_latents(lm):
@@ -114,7 +118,10 @@ def test_bad_input(lm):
     sae = _sae()
     with pytest.raises(ValueError, match="outside the dictionary: 0…255"):
         steering.clamp(HOOK, sae, 256, 1.0)
-    with pytest.raises(ValueError, match="no hook points"), steering.edited(lm, [steering.add("blocks.99.hook_resid_post", torch.ones(640))]):
+    with (
+        pytest.raises(ValueError, match="no hook points"),
+        steering.edited(lm, [steering.add("blocks.99.hook_resid_post", torch.ones(640))]),
+    ):
         pass
     with pytest.raises(ValueError, match="at least one prompt"):
         steering.generate(lm, [])

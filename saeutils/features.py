@@ -1,0 +1,134 @@
+"""What a latent does: the texts that activate it, and the tokens that its decoder direction promotes."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from sae_lens.saes.sae import SAE
+from scipy import sparse
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from saeutils.activations import Activations
+
+
+@dataclass(frozen=True)
+class LatentTable:
+    """Latent activations of every token of a corpus.
+
+    ``acts``: sparse [tokens, d_sae]; ``doc``, ``token``: [tokens], in reading order; ``n_docs``: documents in the corpus.
+    """
+
+    acts: sparse.csc_array
+    doc: np.ndarray
+    token: np.ndarray
+    n_docs: int
+
+    def of(self, latent: int) -> np.ndarray:
+        """Activation of one latent at every token, [tokens]."""
+        if not 0 <= latent < self.acts.shape[1]:
+            raise ValueError(f"latent {latent} is outside the dictionary: 0…{self.acts.shape[1] - 1}")
+        return self.acts[:, [latent]].toarray()[:, 0]
+
+    def max_per_doc(self) -> sparse.csc_array:
+        """Largest activation of every latent in every document, sparse [n_docs, d_sae]."""
+        coo = self.acts.tocoo()
+        row, column = coo.coords
+        frame = pd.DataFrame({"doc": self.doc[row], "latent": column, "value": coo.data})
+        top = frame.groupby(["doc", "latent"], sort=False)["value"].max().reset_index()
+        shape = (self.n_docs, self.acts.shape[1])
+        return sparse.csc_array((top["value"], (top["doc"], top["latent"])), shape=shape)
+
+    def top_docs(self, latent: int, n: int = 8) -> list[int]:
+        """Documents by their largest activation of a latent, the strongest first (silent ones left out)."""
+        best = pd.Series(self.of(latent)).groupby(self.doc).max().sort_values(ascending=False)
+        return best[best > 0].index[:n].tolist()
+
+
+@torch.no_grad()
+def latent_table(acts: Activations, sae: SAE, n_docs: int, batch_size: int = 2048) -> LatentTable:
+    """Encode every collected row; ``acts`` is a small set from :func:`saeutils.activations.collect`.
+
+    Raises:
+        ValueError: the SAE has another input width than the activations.
+    """
+    if acts.d != sae.cfg.d_in:
+        raise ValueError(f"activations have d={acts.d}, the SAE expects d_in={sae.cfg.d_in}: same LM and hook point?")
+    rows = acts.all()
+    parts = []
+    for x in tqdm(rows["x"].split(batch_size), desc="encoding", leave=False):
+        dense = sae.encode(x.to(sae.device, sae.dtype))
+        parts.append(sparse.csr_array((dense.to_dense() if dense.is_sparse else dense).float().cpu().numpy()))
+    return LatentTable(sparse.vstack(parts).tocsc(), rows["doc"].numpy(), rows["token"].numpy(), n_docs)
+
+
+@torch.no_grad()
+def top_latents(lm: TransformerBridge, sae: SAE, hook: str, prompt: str, n: int = 10) -> pd.Series:
+    """The ``n`` strongest latents at the prompt's last token: activation by latent number."""
+    x = lm.run_with_cache(prompt, names_filter=[hook])[1][hook][0, -1:]
+    values, indices = sae.encode(x.to(sae.device, sae.dtype))[0].topk(n)
+    return pd.Series(values.float().cpu().numpy(), index=indices.tolist(), name=prompt)
+
+
+@torch.no_grad()
+def promoted(lm: TransformerBridge, direction: Tensor) -> Tensor:
+    """Effect of a residual direction [d] on every logit by the direct path, [vocabulary] (logit lens, centred).
+
+    The final norm's gain is applied, its data-dependent scale is not: compare tokens, not sizes.
+    """
+    weight = lm.original_model.get_output_embeddings().weight  # [vocabulary, d]
+    gain = _final_gain(lm).to(weight)
+    logits = weight @ (direction.to(weight) * gain)
+    return (logits - logits.mean()).float()
+
+
+def _final_gain(lm: TransformerBridge) -> Tensor:
+    """γ of the final norm; Gemma's RMSNorm multiplies by 1 + weight."""
+    for name, parameter in lm.original_model.named_parameters():
+        if any(key in name for key in ("ln_f.", "final_layer_norm.", "model.norm.")) and name.endswith("weight"):
+            return parameter + 1 if "gemma" in lm.original_model.config.model_type else parameter
+    return torch.ones(lm.cfg.d_model)
+
+
+def token_table(lm: TransformerBridge, direction: Tensor, n: int = 10) -> pd.DataFrame:
+    """Tokens that a direction promotes and suppresses most."""
+    logits = promoted(lm, direction)
+    columns = {}
+    for name, sign in (("promotes", 1), ("suppresses", -1)):
+        ids = (sign * logits).topk(n).indices.tolist()
+        columns[name] = [lm.tokenizer.decode([i]) for i in ids]
+    return pd.DataFrame(columns)
+
+
+def shaded(
+    table: LatentTable, text: Dataset, tokenizer, latent: int, docs: Sequence[int] | None = None, n: int = 8
+) -> str:
+    """HTML of the strongest documents, each token shaded by its activation; all text is escaped."""
+    values = table.of(latent)
+    largest = max(values.max(), 1e-9)
+    lines = []
+    for doc in table.top_docs(latent, n) if docs is None else docs:
+        inside = np.flatnonzero(table.doc == doc)
+        spans = []
+        for i in inside:
+            piece = html.escape(tokenizer.decode([int(table.token[i])])).replace("\n", "↵")
+            strength = values[i] / largest
+            spans.append(
+                f'<span style="background:rgba(255,120,0,{strength:.2f})" title="{values[i]:.3g}">{piece}</span>'
+            )
+        lines.append(f'<div style="margin:2px 0;font-family:monospace;white-space:pre-wrap">{"".join(spans)}</div>')
+    return "".join(lines) or f"<i>latent {latent} is silent on these {len(text):,} texts</i>"
+
+
+@torch.no_grad()
+def promoting(lm: TransformerBridge, sae: SAE, token: int) -> Tensor:
+    """How much every latent's decoder row promotes one token by the direct path, per unit of its norm, [d_sae]."""
+    weight = lm.original_model.get_output_embeddings().weight
+    read = (weight[token] - weight.mean(0)) * _final_gain(lm).to(weight)  # [d]
+    rows = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
+    return rows @ read.float().to(rows.device)

@@ -1,0 +1,128 @@
+"""Widgets around the plots: they hold no logic, and use core ipywidgets common to versions 7.7 and 8."""
+
+import html
+from collections.abc import Sequence
+
+import ipywidgets as w
+import matplotlib.pyplot as plt
+import pandas as pd
+from datasets import Dataset
+from IPython.display import display
+from sae_lens.saes.sae import SAE
+from transformer_lens.model_bridge import TransformerBridge
+
+from saeutils import features, plots, steering
+
+
+def _wide(text: str, **layout) -> dict:
+    return {
+        "description": text,
+        "style": {"description_width": "110px"},
+        "layout": w.Layout(**{"width": "310px", **layout}),
+    }
+
+
+def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, text: Dataset, latent: int) -> w.Widget:
+    """Search or pick a latent; see its strongest texts shaded, its histogram, what it promotes and suppresses."""
+    search = w.Text(placeholder="a word, then Enter", continuous_update=False, **_wide("promotes word"))
+    found = w.Dropdown(options=[("—", -1)], **_wide("found"))
+    number = w.BoundedIntText(value=latent, min=0, max=sae.cfg.d_sae - 1, **_wide("latent"))
+    texts, tokens, chart = w.HTML(), w.HTML(), w.Output()
+
+    def look_up(change) -> None:
+        ids = lm.tokenizer(" " + change["new"].strip(), add_special_tokens=False)["input_ids"][:1]
+        if change["new"].strip() and ids:
+            best = features.promoting(lm, sae, ids[0]).topk(12)
+            found.options = [(f"{i}  ({v:+.2f})", i) for v, i in zip(best.values.tolist(), best.indices.tolist())]
+
+    def show(_=None) -> None:
+        texts.value = features.shaded(table, text, lm.tokenizer, number.value)
+        tokens.value = features.token_table(lm, sae.W_dec[number.value]).to_html(border=0, escape=True)
+        values = table.of(number.value)
+        chart.clear_output(wait=True)
+        with chart:
+            fig, (ax,) = plots.panels(1, 4.2, 2.4)
+            plots.histogram(ax, values[values > 0])
+            ax.set(
+                xlabel=f"activation, where active ({(values > 0).mean():.2%} of tokens)", title=f"latent {number.value}"
+            )
+            display(fig)
+            plt.close(fig)
+
+    search.observe(look_up, "value")
+    found.observe(lambda c: setattr(number, "value", c["new"]) if (c["new"] or -1) >= 0 else None, "value")
+    number.observe(show, "value")
+    show()
+    return w.VBox([w.HBox([number, search, found]), w.HBox([chart, tokens]), texts])
+
+
+def steering_panel(
+    lm: TransformerBridge, sae: SAE, hook: str, latents: Sequence[int], unit: float, prompt: str, tokens: int = 24
+) -> w.Widget:
+    """Up to four latents with a strength each, in units of the residual norm ``unit``; the text before and after."""
+    start = [*latents, *[0] * 4][:4]
+    numbers = [
+        w.BoundedIntText(value=n, min=0, max=sae.cfg.d_sae - 1, **_wide(f"latent {i + 1}")) for i, n in enumerate(start)
+    ]
+    sliders = [
+        w.FloatSlider(
+            value=0.3 if i == 0 else 0.0, min=-1.5, max=1.5, step=0.05, continuous_update=False, **_wide("strength")
+        )
+        for i in range(4)
+    ]
+    words = w.Text(value=prompt, **_wide("prompt", width="625px"))
+    heat = w.FloatSlider(value=0.0, min=0.0, max=1.2, step=0.1, **_wide("temperature"))
+    button, shown = w.Button(description="continue the text", button_style="primary"), w.HTML()
+
+    def run(_=None) -> None:
+        if not words.value.strip():
+            shown.value = "<i>write a prompt first</i>"
+            return
+        shown.value = "<i>writing …</i>"
+        edits = [steering.add(hook, sae.W_dec[n.value], s.value * unit) for n, s in zip(numbers, sliders) if s.value]
+        made = [
+            steering.generate(lm, [words.value], e, tokens=tokens, temperature=heat.value)[0][0] for e in ([], edits)
+        ]
+        shown.value = "".join(
+            f"<p><b>{name}</b> {html.escape(words.value)}<span style='color:#b40'>{html.escape(text)}</span></p>"
+            for name, text in zip(("before:", "after:"), made)
+        )
+
+    button.on_click(run)
+    for slider in (*sliders, heat):
+        slider.observe(run, "value")
+    run()
+    pairs = [w.HBox([n, s]) for n, s in zip(numbers, sliders)]
+    return w.VBox([words, *pairs, w.HBox([heat, button]), shown])
+
+
+def history_panel(histories: dict[str, pd.DataFrame]) -> w.Widget:
+    """Choose runs and a column of their training histories; see the curves."""
+    columns = [c for c in next(iter(histories.values())).columns if c not in ("step", "samples")]
+    runs = w.SelectMultiple(options=list(histories), value=tuple(histories), rows=6, **_wide("runs"))
+    column = w.Dropdown(options=columns, value="fvu" if "fvu" in columns else columns[0], **_wide("column"))
+    smooth = w.IntSlider(value=1, min=1, max=50, **_wide("smoothing"))
+    log, chart = w.Checkbox(value=False, **_wide("log scale")), w.Output()
+
+    def show(_=None) -> None:
+        chart.clear_output(wait=True)
+        frames = [
+            pd.DataFrame(
+                {"step": h["step"], "value": h[column.value].rolling(smooth.value, min_periods=1).mean(), "run": name}
+            )
+            for name, h in histories.items()
+            if name in runs.value and column.value in h
+        ]
+        with chart:
+            fig, (ax,) = plots.panels(1, 6.5, 3.6)
+            if frames:
+                plots.lines(ax, pd.concat(frames), "step", "value", "run")
+                ax.legend(fontsize=8)
+            ax.set(ylabel=column.value, yscale="log" if log.value else "linear")
+            display(fig)
+            plt.close(fig)
+
+    for control in (runs, column, smooth, log):
+        control.observe(show, "value")
+    show()
+    return w.HBox([w.VBox([runs, column, smooth, log]), chart])
