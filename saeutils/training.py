@@ -1,6 +1,5 @@
 """``train(sae, batches, …)``: SAELens' trainer plus what it lacks, with a pandas history."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -266,8 +265,7 @@ def _newest_checkpoint(folder: Path) -> Path | None:
 
 def _restore(path: Path, trainer: _Trainer, generator: torch.Generator, rows: list[dict]) -> int:
     saved = json.loads((path / "cfg.json").read_text())
-    ours = json.loads(json.dumps(dataclasses.asdict(trainer.sae.cfg)))
-    if changed := [k for k in ("d_in", "d_sae", "k") if saved.get(k) != ours.get(k)]:
+    if changed := [k for k in ("d_in", "d_sae", "k") if saved.get(k) != getattr(trainer.sae.cfg, k, None)]:
         raise ValueError(f"{path} was trained with another {', '.join(changed)}: give another checkpoint folder")
     trainer.sae.load_weights_from_checkpoint(path)
     trainer.load_trainer_state(path)

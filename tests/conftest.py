@@ -1,9 +1,12 @@
 """Shared by all tests: two threads, a headless backend, and real rows to train on."""
 
+import os
+
 import matplotlib
 import pytest
 import torch
 
+os.environ.setdefault("SAEUTILS_SCALE", "smoke")  # read by the kernels that run the notebooks
 matplotlib.use("Agg")
 torch.set_num_threads(2)
 

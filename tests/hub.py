@@ -1,0 +1,176 @@
+"""A stand-in for the Hugging Face hub on loopback: tiny random weights under real ids and real file layouts.
+
+``build(folder)`` writes the repositories, ``serve(folder)`` answers the requests that transformers, huggingface_hub and
+datasets make. Add a model or data set by one call in ``build``.
+"""
+
+import contextlib
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlparse
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from saeutils import text
+
+REVISION = "0" * 40
+
+
+def _tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's, small."""
+    core = Tokenizer(BPE())
+    core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    special = ["<|endoftext|>"]
+    core.train_from_iterator(corpus, BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=ByteLevel.alphabet()))
+    end = special[0]
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, unk_token=end)
+
+
+def _gpt2(folder: Path, tokenizer: PreTrainedTokenizerFast, layers: int, width: int = 32) -> None:
+    torch.manual_seed(0)
+    end = tokenizer.bos_token_id
+    shape = dict(n_layer=layers, n_head=2, n_embd=width, n_positions=1024, bos_token_id=end, eos_token_id=end)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _openai_sae(folder: Path, width: int = 32, d_sae: int = 131_072) -> None:
+    """The layout of jbloom/GPT2-Small-OAI-v5-128k-resid-post-SAEs: an old SAELens config beside safetensors."""
+    folder.mkdir(parents=True)
+    hook = "blocks.8.hook_resid_post"
+    cfg = {
+        "d_in": width, "d_sae": d_sae, "dtype": "torch.float32", "device": "cpu", "model_name": "gpt2-small",
+        "hook_point": hook, "hook_name": hook, "hook_point_layer": 8, "hook_layer": 8, "hook_head_index": None,
+        "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 32}, "apply_b_dec_to_input": True,
+        "normalize_activations": "layer_norm", "finetuning_scaling_factor": False, "context_size": 64,
+        "prepend_bos": False, "sae_lens_training_version": None, "dataset_path": "Skylion007/openwebtext",
+    }  # fmt: skip
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    torch.manual_seed(0)
+    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, width), dim=1)
+    weights = {"W_enc": W_dec.T.contiguous(), "W_dec": W_dec, "b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(width)}
+    save_file(weights, folder / "sae_weights.safetensors")
+
+
+def build(folder: Path) -> None:
+    """Write every repository that a notebook asks for, as ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``."""
+    english = text.load_text("wikipedia-summaries", max_docs=300)["text"]
+    korean = text.load_text("korean")["text"]
+    tokenizer = _tokenizer([*english, *korean[:100]])
+    models, data = folder / "models", folder / "datasets"
+    _gpt2(models / "openai-community" / "gpt2", tokenizer, layers=12)
+    _gpt2(models / "distilbert" / "distilgpt2", tokenizer, layers=6)
+    _openai_sae(models / "jbloom" / "GPT2-Small-OAI-v5-128k-resid-post-SAEs" / "v5_128k_layer_8")
+    for name, frame in {
+        "Skylion007/openwebtext": pd.DataFrame({"text": english}),
+        "MarkrAI/KoCommercial-Dataset": pd.DataFrame({"instruction": korean, "input": "", "output": korean}),
+    }.items():
+        (data / name / "data").mkdir(parents=True)
+        frame.to_parquet(data / name / "data" / "train-00000-of-00001.parquet")
+
+
+ALIASES = {"gpt2": "openai-community/gpt2", "distilgpt2": "distilbert/distilgpt2"}
+
+
+class _Hub(BaseHTTPRequestHandler):
+    root: Path
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def _repository(self, parts: list[str]) -> tuple[Path | None, str, list[str]]:
+        """Path segments after any prefix → (folder, id, the segments that are left)."""
+        kind = "models"
+        if parts[0] in ("models", "datasets"):
+            kind, parts = parts[0], parts[1:]
+        if parts[0] in ALIASES:
+            parts = [*ALIASES[parts[0]].split("/"), *parts[1:]]
+        folder = self.root / kind / "/".join(parts[:2])
+        return (folder if folder.is_dir() else None), "/".join(parts[:2]), parts[2:]
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _json(self, content: object) -> None:
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _missing(self, what: str) -> None:
+        self._send(404, b"{}", {"X-Error-Code": what, "X-Error-Message": what})
+
+    def _answer(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length) if length else b""
+        url = urlparse(self.path)
+        parts = [unquote(p) for p in url.path.strip("/").split("/")]
+        api = parts[0] == "api"
+        folder, name, rest = self._repository(parts[1:] if api else parts)
+        if folder is None:
+            return self._missing("RepoNotFound")
+        if not api:
+            return self._file(folder, "/".join(rest[2:])) if rest[:1] == ["resolve"] else self._missing("EntryNotFound")
+        if rest[:1] == ["tree"]:
+            return self._tree(folder, "/".join(rest[2:]), parse_qs(url.query).get("recursive", ["false"])[0].lower() == "true")
+        if rest[:1] == ["paths-info"]:
+            asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
+            return self._json([self._entry(folder, folder / p) for p in asked if (folder / p).exists()])
+        files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
+        flags = {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
+        dates = {"lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z"}
+        self._json({"id": name, "sha": REVISION, "siblings": [{"rfilename": f} for f in files], **flags, **dates})
+
+    def _entry(self, folder: Path, path: Path) -> dict:
+        size = path.stat().st_size if path.is_file() else 0
+        kind = "file" if path.is_file() else "directory"
+        return {"type": kind, "path": str(path.relative_to(folder)), "size": size, "oid": hashlib.sha1(str(path).encode()).hexdigest()}
+
+    def _tree(self, folder: Path, inside: str, recursive: bool) -> None:
+        start = folder / inside
+        if not start.is_dir():
+            return self._missing("EntryNotFound")
+        self._json([self._entry(folder, p) for p in sorted(start.rglob("*") if recursive else start.iterdir())])
+
+    def _file(self, folder: Path, name: str) -> None:
+        path = folder / name
+        if not path.is_file():
+            return self._missing("EntryNotFound")
+        content = path.read_bytes()
+        tag = hashlib.sha1(content).hexdigest()
+        headers = {"X-Repo-Commit": REVISION, "ETag": f'"{tag}"', "Accept-Ranges": "bytes"}
+        if wanted := self.headers.get("Range"):
+            first, last = wanted.removeprefix("bytes=").split("-")
+            start, stop = int(first), min(int(last or len(content)), len(content) - 1)
+            part = content[start : stop + 1]
+            return self._send(206, part, {**headers, "Content-Range": f"bytes {start}-{stop}/{len(content)}"})
+        self._send(200, content, headers)
+
+    do_GET = do_HEAD = do_POST = _answer
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """Serve the repositories under ``folder`` on loopback; gives the address for ``HF_ENDPOINT``."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"root": folder}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

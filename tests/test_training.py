@@ -1,0 +1,184 @@
+"""train(): history, schedules, constraint, dead latents, and a run that is killed and goes on bit for bit."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from scipy.optimize import minimize
+
+from saeutils import initializers, metrics, resampling
+from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saeutils.training import train
+
+
+def _relu(rows, d_sae=256, l1=1.0):
+    torch.manual_seed(0)
+    return StandardTrainingSAE(StandardTrainingSAEConfig(d_in=rows.shape[1], d_sae=d_sae, l1_coefficient=l1))
+
+
+def _topk(d_in=640, d_sae=512, k=8):
+    torch.manual_seed(0)
+    return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k))
+
+
+def _batches(rows, start=0, size=256):
+    for step in range(start, 10**9):
+        yield rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(step))[:size]]
+
+
+def test_history_schedule_and_constraint(rows):
+    sae = _topk()
+    history = train(sae, partial(_batches, rows), 60, lr=1e-3, warm_up=10, decay=20, log_every=1, progress=False)
+    for column in ("loss", "mse_loss", "fvu", "l0", "dead", "orthogonality", "lr"):
+        assert history[column].notna().all()
+    assert history["fvu"].iloc[-1] < 0.7 * history["fvu"].iloc[0]
+    assert (history["l0"] <= 8).all()
+    assert history["lr"].iloc[9] == pytest.approx(1e-3) and history["lr"].iloc[-1] < 1e-4  # up, then down
+    assert history["lr"].iloc[0] < 3e-4
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(512), atol=1e-5)
+
+
+def test_gradient_is_tangential(rows):
+    sae = _topk()
+    ((sae(rows[:64]) - rows[:64]) ** 2).sum().backward()
+    from saeutils.training import remove_parallel_gradient
+
+    full = sae.W_dec.grad.clone()
+    remove_parallel_gradient(sae.W_dec)
+    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-4 * full.norm()
+
+
+def test_geometric_median_is_the_minimiser():
+    x = torch.randn(60, 3, dtype=torch.double) ** 3
+    best = minimize(lambda m: np.linalg.norm(x.numpy() - m, axis=1).sum(), x.mean(0).numpy(), tol=1e-12)
+    assert np.allclose(initializers.geometric_median(x, 1000, 1e-12).numpy(), best.x, atol=1e-4)
+
+
+def test_fold_scale_is_exact(rows):
+    raw, shift, scale = rows * 7 + 3, torch.full((640,), 3.0), 1 / 7
+    sae = _topk()
+    with torch.no_grad():
+        sae.b_enc.normal_()
+        sae.b_dec.normal_()
+    inside = sae((raw[:50] - shift) * scale) / scale + shift
+    initializers.fold_scale(sae, scale, shift)
+    assert torch.allclose(sae(raw[:50]), inside, atol=1e-2)
+
+
+def test_anthropic_resampling_points_at_badly_reconstructed_inputs(rows):
+    sae, dead = _relu(rows), torch.tensor([3, 5, 8])
+    optimizer = torch.optim.Adam(sae.parameters())
+    sae(rows[:8]).sum().backward()
+    optimizer.step()
+    resampling.resample_anthropic(sae, dead, rows[:100], torch.Generator().manual_seed(0))
+    resampling.reset_adam(optimizer, sae, dead)
+    unit = torch.nn.functional.normalize(rows[:100] - sae.b_dec, dim=1)
+    assert torch.allclose((sae.W_dec[dead] @ unit.T).amax(1), torch.ones(3), atol=1e-5)
+    alive = torch.ones(256, dtype=torch.bool).index_fill(0, dead, False)
+    assert torch.allclose(sae.W_enc[:, dead].norm(dim=0), 0.2 * sae.W_enc[:, alive].norm(dim=0).mean().expand(3))
+    assert (sae.b_enc[dead] == 0).all()
+    assert (optimizer.state[sae.W_enc]["exp_avg"][:, dead] == 0).all()
+    assert (optimizer.state[sae.W_dec]["exp_avg_sq"][dead] == 0).all()
+
+
+@pytest.mark.parametrize("dead", ["post", "anthropic", "aux_k"])
+def test_dead_latents_come_back(rows, dead):
+    sae = _relu(rows)
+    with torch.no_grad():
+        sae.b_enc[:100] = -1e3  # killed
+    history = train(
+        sae, partial(_batches, rows), 60, dead=dead, dead_every=20, dead_window=5, aux_k=1.0, lr=1e-3, log_every=1,
+        progress=False,
+    )  # fmt: skip
+    assert history["dead"].iloc[10] > 0.3
+    if dead == "aux_k":
+        assert history["aux_k_loss"].iloc[-1] > 0
+    else:
+        assert history["resampled"].iloc[-1] >= 100
+        assert history["dead"].iloc[-1] < 0.1
+
+
+KILLED = """
+    import sys, torch
+    torch.set_num_threads(2)
+    from functools import partial
+    sys.path.insert(0, {tests!r})
+    from test_training import _batches, _relu, train
+    rows = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)) ** 3
+    sae = _relu(rows)
+    history = train(sae, partial(_batches, rows), 400, dead="anthropic", dead_every=50, dead_window=20, log_every=10,
+                    checkpoint={folder!r}, checkpoint_every=25, progress=False)
+    history.to_csv({out!r})
+    sae.save_model({out!r} + ".sae")
+"""
+
+
+def test_killed_run_goes_on_bit_for_bit(tmp_path):
+    """SIGKILL between two checkpoints; the second process must end with the weights and history of an unbroken run."""
+
+    def start(folder, out):
+        code = textwrap.dedent(KILLED).format(tests=__file__.rsplit("/", 1)[0], folder=str(folder), out=str(out))
+        return subprocess.Popen([sys.executable, "-c", code])
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(whole, tmp_path / "a").wait() == 0
+    process = start(broken, tmp_path / "b")
+    while not list(broken.glob("step-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "b").exists()
+    newest = sorted(broken.glob("step-*"))[-1]
+    (newest / "sae_weights.safetensors").write_bytes(b"torn")  # and the newest checkpoint is damaged on top
+    assert start(broken, tmp_path / "b").wait() == 0
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+    same = [(tmp_path / f"{n}.sae" / "sae_weights.safetensors").read_bytes() for n in "ab"]
+    assert same[0] == same[1]
+    assert pd.read_csv(tmp_path / "a")["resampled"].iloc[-1] >= 0
+
+
+def test_bad_input(rows, tmp_path):
+    batches = partial(_batches, rows)
+    with pytest.raises(ValueError, match=r"unknown dead='zap': one of"):
+        train(_topk(), batches, 5, dead="zap")
+    with pytest.raises(ValueError, match=r"expects \[batch, 32\]: same hook point"):
+        train(_topk(32), batches, 5)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        train(_topk(), [torch.full((8, 640), float("nan"))], 5)
+    with pytest.raises(ValueError, match="batches is empty"):
+        train(_topk(), [], 5)
+    with pytest.raises(ValueError, match="batches ended after 3 of 5 steps"):
+        train(_topk(), [rows[:256]] * 3, 5, median_rows=0, progress=False)
+    train(_topk(), batches, 2, checkpoint=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="trained with another d_sae"):
+        train(_topk(d_sae=256), batches, 4, checkpoint=tmp_path, progress=False)
+
+
+def test_orthogonality_of_random_rows():
+    W = torch.randn(3000, 256)
+    exact = metrics.orthogonality(W)
+    unit = torch.nn.functional.normalize(W, dim=1)
+    gram = (unit @ unit.T).abs().fill_diagonal_(0)
+    assert exact["mean"] == pytest.approx(float(gram.sum() / (3000 * 2999)), rel=1e-5)
+    assert exact["max"] == pytest.approx(float(gram.max()), rel=1e-5)
+    assert exact["mean"] == pytest.approx(metrics.random_orthogonality(256), rel=5e-3)
+    assert metrics.orthogonality(W, rows=300)["mean"] == pytest.approx(exact["mean"], rel=2e-2)
+
+
+def test_auroc_equals_scikit_learn():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 5, (200, 7)).astype(float), rng.integers(0, 2, 200)
+    expected = [roc_auc_score(labels, column) for column in scores.T]
+    assert np.allclose(metrics.auroc(scores, labels), expected)
+    with pytest.raises(ValueError, match="both classes"):
+        metrics.auroc(scores, np.ones(200))
