@@ -150,19 +150,12 @@ def _hub_errors(name: str):
     """Turn the hub's errors into one sentence that names the fix."""
     try:
         yield
-    except GatedRepoError as e:
-        raise ValueError(
-            f"{name} is gated: accept its licence on the hub, then run `hf auth login` or set HF_TOKEN"
-        ) from e
-    except RepositoryNotFoundError as e:
-        raise ValueError(f"the hub has no model {name!r}; without a hub there are {sorted(EMBEDDED)}") from e
-    except OSError as e:
-        text = f"{e} {e.__cause__}"
-        if "gated" in text:
-            raise ValueError(
-                f"{name} is gated: accept its licence on the hub, then `hf auth login` or set HF_TOKEN"
-            ) from e
-        if "not a valid model identifier" in text or "Repository Not Found" in text:
+    except OSError as e:  # transformers wraps the hub's errors, huggingface_hub's own are OSErrors too
+        causes, text = (e, e.__cause__), f"{e} {e.__cause__}"
+        if any(isinstance(c, GatedRepoError) for c in causes) or "gated repo" in text:
+            fix = "accept its licence on the hub, then run `hf auth login` or set HF_TOKEN"
+            raise ValueError(f"{name} is gated: {fix}") from e
+        if any(isinstance(c, RepositoryNotFoundError) for c in causes) or "not a valid model identifier" in text:
             raise ValueError(f"the hub has no model {name!r}; without a hub there are {sorted(EMBEDDED)}") from e
         raise ConnectionError(
             f"{name} could not be loaded from the hub ({str(e).splitlines()[0][:160]}). Without a hub use SCALE = 'laptop', "

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import save_file
@@ -21,7 +22,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from saeutils import text
 
@@ -33,7 +34,9 @@ def _tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(BPE())
     core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
     special = ["<|endoftext|>"]
-    core.train_from_iterator(corpus, BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=ByteLevel.alphabet()))
+    core.train_from_iterator(
+        corpus, BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
+    )
     end = special[0]
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, unk_token=end)
 
@@ -64,6 +67,43 @@ def _openai_sae(folder: Path, width: int = 32, d_sae: int = 131_072) -> None:
     save_file(weights, folder / "sae_weights.safetensors")
 
 
+def _gemma2(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Real width and depth (the SAEs' configs fix d_in = 2304), everything else tiny."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    end = tokenizer.bos_token_id
+    ids = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), intermediate_size=16, **shape, **ids)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _gemma_scope(folder: Path, d_in: int = 2304, d_sae: int = 16_384) -> None:
+    """The layout of google/gemma-scope-2b-pt-res: one params.npz; rows repeat, so that the file stays small."""
+    folder.mkdir(parents=True)
+    tile = np.random.default_rng(0).normal(size=(64, d_in)).astype(np.float16)
+    rows = np.tile(tile / np.linalg.norm(tile, axis=1, keepdims=True), (d_sae // 64, 1))
+    zeros = {"b_enc": np.zeros(d_sae, np.float16), "b_dec": np.zeros(d_in, np.float16)}
+    np.savez_compressed(folder / "params.npz", W_enc=rows.T, W_dec=rows, threshold=np.ones(d_sae, np.float16), **zeros)
+
+
+def _saebench_topk(folder: Path, d_in: int = 2304, d_sae: int = 4096) -> None:
+    """The layout of dictionary_learning's repositories (SAEBench): config.json beside ae.pt."""
+    folder.mkdir(parents=True)
+    trainer = {"dict_class": "AutoEncoderTopK", "layer": 12, "k": 20, "activation_dim": d_in, "dict_size": d_sae}
+    cfg = {"trainer": {**trainer, "lm_name": "google/gemma-2-2b"}, "buffer": {"ctx_len": 128}}
+    (folder / "config.json").write_text(json.dumps(cfg))
+    rows = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1).half()
+    weights = {
+        "encoder.weight": rows,
+        "encoder.bias": torch.zeros(d_sae),
+        "decoder.weight": rows.T,
+        "b_dec": torch.zeros(d_in),
+    }
+    torch.save(weights, folder / "ae.pt")
+
+
 def build(folder: Path) -> None:
     """Write every repository that a notebook asks for, as ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``."""
     english = text.load_text("wikipedia-summaries", max_docs=300)["text"]
@@ -73,6 +113,12 @@ def build(folder: Path) -> None:
     _gpt2(models / "openai-community" / "gpt2", tokenizer, layers=12)
     _gpt2(models / "distilbert" / "distilgpt2", tokenizer, layers=6)
     _openai_sae(models / "jbloom" / "GPT2-Small-OAI-v5-128k-resid-post-SAEs" / "v5_128k_layer_8")
+    _gemma2(models / "google" / "gemma-2-2b", tokenizer)
+    _gemma_scope(models / "google" / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82")
+    bench = models / "canrager" / "saebench_gemma-2-2b_width-2pow12_date-1109"
+    _saebench_topk(bench / "gemma-2-2b_topk_width-2pow12_date-1109" / "resid_post_layer_12" / "trainer_0")
+    (models / "meta-llama" / "Llama-3.2-1B").mkdir(parents=True)
+    (models / "meta-llama" / "Llama-3.2-1B" / ".gated").touch()
     for name, frame in {
         "Skylion007/openwebtext": pd.DataFrame({"text": english}),
         "MarkrAI/KoCommercial-Dataset": pd.DataFrame({"instruction": korean, "input": "", "output": korean}),
@@ -112,8 +158,8 @@ class _Hub(BaseHTTPRequestHandler):
     def _json(self, content: object) -> None:
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
-    def _missing(self, what: str) -> None:
-        self._send(404, b"{}", {"X-Error-Code": what, "X-Error-Message": what})
+    def _refuse(self, status: int, what: str) -> None:
+        self._send(status, b"{}", {"X-Error-Code": what, "X-Error-Message": what})
 
     def _answer(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -123,11 +169,19 @@ class _Hub(BaseHTTPRequestHandler):
         api = parts[0] == "api"
         folder, name, rest = self._repository(parts[1:] if api else parts)
         if folder is None:
-            return self._missing("RepoNotFound")
+            return self._refuse(404, "RepoNotFound")
+        if (folder / ".gated").exists() and not self.headers.get("Authorization"):
+            return self._refuse(401, "GatedRepo")
         if not api:
-            return self._file(folder, "/".join(rest[2:])) if rest[:1] == ["resolve"] else self._missing("EntryNotFound")
+            return (
+                self._file(folder, "/".join(rest[2:]))
+                if rest[:1] == ["resolve"]
+                else self._refuse(404, "EntryNotFound")
+            )
         if rest[:1] == ["tree"]:
-            return self._tree(folder, "/".join(rest[2:]), parse_qs(url.query).get("recursive", ["false"])[0].lower() == "true")
+            return self._tree(
+                folder, "/".join(rest[2:]), parse_qs(url.query).get("recursive", ["false"])[0].lower() == "true"
+            )
         if rest[:1] == ["paths-info"]:
             asked = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode()).get("paths", [])
             return self._json([self._entry(folder, folder / p) for p in asked if (folder / p).exists()])
@@ -139,18 +193,23 @@ class _Hub(BaseHTTPRequestHandler):
     def _entry(self, folder: Path, path: Path) -> dict:
         size = path.stat().st_size if path.is_file() else 0
         kind = "file" if path.is_file() else "directory"
-        return {"type": kind, "path": str(path.relative_to(folder)), "size": size, "oid": hashlib.sha1(str(path).encode()).hexdigest()}
+        return {
+            "type": kind,
+            "path": str(path.relative_to(folder)),
+            "size": size,
+            "oid": hashlib.sha1(str(path).encode()).hexdigest(),
+        }
 
     def _tree(self, folder: Path, inside: str, recursive: bool) -> None:
         start = folder / inside
         if not start.is_dir():
-            return self._missing("EntryNotFound")
+            return self._refuse(404, "EntryNotFound")
         self._json([self._entry(folder, p) for p in sorted(start.rglob("*") if recursive else start.iterdir())])
 
     def _file(self, folder: Path, name: str) -> None:
         path = folder / name
         if not path.is_file():
-            return self._missing("EntryNotFound")
+            return self._refuse(404, "EntryNotFound")
         content = path.read_bytes()
         tag = hashlib.sha1(content).hexdigest()
         headers = {"X-Repo-Commit": REVISION, "ETag": f'"{tag}"', "Accept-Ranges": "bytes"}

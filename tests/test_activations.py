@@ -32,7 +32,9 @@ def cached(tmp_path, monkeypatch):
 
 
 def _collect(data, **kw):
-    return activations.collect("gemma-3-270m", HOOK, data, **{"n_tokens": 6000, "context": 64, "dtype": torch.float32, **kw})
+    return activations.collect(
+        "gemma-3-270m", HOOK, data, **{"n_tokens": 6000, "context": 64, "dtype": torch.float32, **kw}
+    )
 
 
 def test_rows_are_hidden_states_of_their_tokens(wiki, cached):

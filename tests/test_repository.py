@@ -12,7 +12,17 @@ from saeutils import archives, claims, publish, scales
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TOP = {"README.md", "requirements.txt", "pyproject.toml", "LICENSE", "notebooks", "saeutils", "tests", "data", "figures"}
+TOP = {
+    "README.md",
+    "requirements.txt",
+    "pyproject.toml",
+    "LICENSE",
+    "notebooks",
+    "saeutils",
+    "tests",
+    "data",
+    "figures",
+}
 
 
 def test_nothing_else_at_the_top():

@@ -1,0 +1,116 @@
+"""Latent tables, token effects and shaded texts on a real LM; widgets and plots build."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from matplotlib import pyplot as plt
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+
+from saeutils import activations, features, models, plots, widgets
+
+HOOK = "blocks.2.hook_resid_post"
+TEXTS = ["The cat sat on the mat.", "<b>Bold</b> & brave, she left.", "It rained in Paris all day long."]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return models.load_lm("gemma-3-270m", layers=3, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def sae():
+    torch.manual_seed(0)
+    sae = TopKSAE(TopKSAEConfig(d_in=640, d_sae=128, k=8))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.nn.functional.normalize(torch.randn(128, 640), dim=1))
+        sae.W_enc.copy_(sae.W_dec.T)
+    return sae
+
+
+@pytest.fixture(scope="module")
+def data():
+    return Dataset.from_list([{"text": t} for t in TEXTS])
+
+
+@pytest.fixture(scope="module")
+def table(sae, data):
+    acts = activations.collect("gemma-3-270m", HOOK, data, context=32, dtype=torch.float32)
+    return features.latent_table(acts, sae, len(data))
+
+
+def test_table_equals_encoding_by_hand(lm, sae, table):
+    with torch.no_grad():
+        x = lm.run_with_cache(TEXTS[2], names_filter=[HOOK])[1][HOOK][0, 1:]
+        expected = sae.encode(x).detach().numpy()
+    inside = table.doc == 2
+    assert np.allclose(table.acts.toarray()[inside], expected, atol=1e-2 * expected.max())
+    top = table.max_per_doc().toarray()
+    assert np.allclose(top[2], expected.max(0), atol=1e-2 * expected.max())
+    latent = int(expected.max(0).argmax())
+    assert table.top_docs(latent)[0] == int(top[:, latent].argmax())
+
+
+def test_promoted_is_the_change_of_logits(lm):
+    """Small steps along a direction before the final norm move the centred logits along ``promoted``."""
+    x = lm.run_with_cache("The cat", names_filter=[HOOK])[1][HOOK][0, -1]
+    direction = torch.nn.functional.normalize(torch.randn(640, generator=torch.Generator().manual_seed(0)), dim=0)
+    norm, head = lm.original_model.model.norm, lm.original_model.get_output_embeddings()
+    with torch.no_grad():
+        scale = x.norm() / 640**0.5
+        gain = (norm(direction[None, None] * 1e3) / (direction * 1e3 / (1e3 / 640**0.5)))[0, 0]  # the norm's γ, by use
+        expected = head(direction * gain)
+    got = features.promoted(lm, direction)
+    assert scale > 0 and torch.allclose(got, expected - expected.mean(), atol=1e-2 * float(expected.abs().max()))
+
+
+def test_promoting_agrees_with_promoted(lm, sae):
+    token = 12_345
+    scores = features.promoting(lm, sae, token)
+    best = int(scores.argmax())
+    assert scores[best] == pytest.approx(float(features.promoted(lm, sae.W_dec[best].detach())[token]), rel=1e-3)
+    assert features.token_table(lm, sae.W_dec[0].detach(), 5).shape == (5, 2)
+
+
+def test_shaded_text_is_escaped(lm, sae, table, data):
+    html = features.shaded(table, data, lm.tokenizer, 0, docs=[1])
+    assert "<b>" not in html and "&lt;" in html and "&amp;" in html
+
+
+def test_bad_input(table, sae):
+    with pytest.raises(ValueError, match="latent 128 is outside the dictionary: 0…127"):
+        table.of(128)
+    other = TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=4))
+    acts = activations.collect("gemma-3-270m", HOOK, Dataset.from_list([{"text": "Hello there."}]), dtype=torch.float32)
+    with pytest.raises(ValueError, match="activations have d=640, the SAE expects d_in=32"):
+        features.latent_table(acts, other, 1)
+
+
+def test_widgets_react(lm, sae, table, data):
+    panel = widgets.latent_panel(lm, sae, table, data, 0)
+    (number, search, found), _, texts = panel.children[0].children, panel.children[1], panel.children[2]
+    before = texts.value
+    number.value = int(np.argmax(table.max_per_doc().toarray().max(0)))
+    assert texts.value != before
+    search.value = "cat"
+    assert len(found.options) == 12
+    steer = widgets.steering_panel(lm, sae, HOOK, [1, 2], 10.0, "The cat", tokens=3)
+    assert "before:" in steer.children[-1].value and "after:" in steer.children[-1].value
+    steer.children[0].value = " "
+    steer.children[-2].children[1].click()
+    assert "write a prompt first" in steer.children[-1].value
+    history = pd.DataFrame({"step": [1, 2], "samples": [1, 2], "loss": [2.0, 1.0], "fvu": [1.0, 0.5]})
+    curves = widgets.history_panel({"a": history, "b": history})
+    curves.children[0].children[1].value = "loss"
+
+
+def test_plots_save_numbers_beside_pictures(tmp_path):
+    frame = pd.DataFrame({"x": [1, 2, 1, 2], "y": [1.0, 2.0, 2.0, 3.0], "arm": ["a", "a", "b", "b"]})
+    fig, (ax,) = plots.panels(1)
+    plots.lines(ax, frame, "x", "y", "arm", low="y", high="y")
+    plots.bars(ax, {"a": (1.0, 0.5, 1.5)})
+    plots.save(fig, tmp_path, "figure", frame)
+    plt.close(fig)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figure.csv", "figure.png"]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "figure.csv"), frame, check_dtype=False)
