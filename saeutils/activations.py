@@ -22,13 +22,11 @@ SPLITS = ("train", "validation", "test")
 
 def _key(lm: str, hook: str, text: Dataset, load: dict, **rest) -> str:
     """A digest of everything that the rows depend on, the model's weights and every text included."""
+    parse_hook(hook)
     digest = hashlib.sha256()
     for document in text["text"]:
         digest.update(document.encode() + b"\0")
-    if lm in models.EMBEDDED:
-        lm += str([archives.pinned()[a]["sha256"] for a, _ in models.EMBEDDED[lm][1]])
-    elif Path(lm).is_dir():
-        lm = str([archives.sha256_of(f) for f in sorted(Path(lm).glob("*.safetensors"))])
+    lm = models.identity(lm, load.get("revision"))
     device = load.get("device") or models.default_device()
     load = {**load, "device": device, "dtype": load.get("dtype") or models.default_dtype(device)}
     digest.update(json.dumps([lm, hook, {k: str(v) for k, v in load.items()}, rest], sort_keys=True).encode())
@@ -62,7 +60,6 @@ def collect(
     Raises:
         ValueError: unknown hook or layer, too little text, non-finite activations.
     """
-    parse_hook(hook)
     settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
     folder = archives.cache_dir("activations", _key(lm, hook, text, load, **settings))
     acts = Activations(folder)
@@ -161,10 +158,14 @@ class Activations:
         """Mean of (a sample of) the train rows, [d]."""
         return self.sample(50_000, "train")["x"].mean(0)
 
+    @cached_property
+    def _scales(self) -> tuple[float, float]:
+        x = self.sample(50_000, "train")["x"]
+        return tuple(float(self.d**0.5 / (x - shift).norm(dim=-1).mean()) for shift in (0, self.mean))
+
     def scale(self, centre: bool = True) -> float:
         """The factor that gives train rows (centred or not) the mean norm √d."""
-        x = self.sample(50_000, "train")["x"] - (self.mean if centre else 0)
-        return float(self.d**0.5 / x.norm(dim=-1).mean())
+        return self._scales[centre]
 
     def batches(
         self,
@@ -191,8 +192,7 @@ class Activations:
         shift = self.mean if centre else torch.zeros(self.d)
         factor = self.scale(centre) if normalise == "scale" else 1.0
         for rows in self._shuffled(batch_size, split, seed, start, group):
-            x = (rows.float() - shift) * factor
-            yield torch.nn.functional.normalize(x, dim=-1) if normalise == "l2" else x
+            yield _normalised(rows, shift, factor, normalise)
 
     def _shuffled(self, size: int, split: str, seed: int, start: int, group: int) -> Iterator[Tensor]:
         rng = np.random.default_rng(seed)
@@ -202,36 +202,57 @@ class Activations:
             for at in range(0, len(order), group):
                 members = order[at : at + group]
                 order_in = rng.permutation(sum(len(self._rows[split][i]) for i in members))
-                if skip >= len(order_in) + len(left) and not len(left):
+                if skip >= len(order_in):  # nothing is left over while skipping
                     skip -= len(order_in)
                     continue
-                x = torch.cat([self._load(names[i])["x"][self._rows[split][i]] for i in members])
-                pool = torch.cat([left.to(x.dtype), x[torch.from_numpy(order_in)]])[skip:]
-                skip = 0
+                pool = torch.cat([self._load(names[i])["x"][self._rows[split][i]] for i in members])
+                pool = pool[torch.from_numpy(order_in)]
+                if len(left):
+                    pool = torch.cat([left, pool])
+                pool, skip = pool[skip:], 0
                 whole = len(pool) // size * size
-                if whole:
-                    yield from pool[:whole].split(size)
-                left = pool[whole:]
+                for at_row in range(0, whole, size):
+                    yield pool[at_row : at_row + size]
+                left = pool[whole:].clone()
+                del pool  # before the next group is read: one group in memory, not two
 
 
 def stream(
     lm: str, hook: str, text: Dataset, *, batch_size: int = 4096, context: int = 128, outlier: float = 10.0,
-    seed: int = 0, buffer: int = 4, **load,
+    normalise: str = "none", centre: bool = False, seed: int = 0, buffer: int = 4, start: int = 0, **load,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Endless shuffled batches [batch_size, d] straight from the LM, for runs larger than disk and memory.
 
-    Half of a buffer of ``buffer`` shards is refilled whenever it has been used. Arguments as in :func:`collect`.
+    Half of a buffer of ``buffer`` shards is refilled whenever it has been used; mean and scale are those of the first
+    buffer; validation and test documents (as :class:`Activations` assigns them) never appear. ``start`` replays so many
+    batches. Other arguments as in :func:`collect` and :meth:`Activations.batches`.
     """
-    collector = Collector(lm, hook, **load)
+    collector, assign = Collector(lm, hook, **load), Activations("").split_of
     held: list[Tensor] = []
+    shift = factor = None
     for epoch in range(2**31):
         windows = tokenize(text, collector.tokenizer, context, None, seed + epoch)
         for n, pool in enumerate(pools(windows, seed + epoch)):
-            held.append(collector.rows(pool, windows, outlier)["x"])
+            rows = collector.rows(pool, windows, outlier)
+            held.append(rows["x"][assign(rows["doc"]) == 0].float())
             if len(held) < buffer:
                 continue
             mixed = torch.cat(held)
+            if shift is None:
+                shift = mixed.mean(0) if centre else torch.zeros(mixed.shape[1])
+                factor = (
+                    float(mixed.shape[1] ** 0.5 / (mixed - shift).norm(dim=1).mean()) if normalise == "scale" else 1.0
+                )
             mixed = mixed[torch.from_numpy(np.random.default_rng([seed, epoch, n]).permutation(len(mixed)))]
             out = len(mixed) // 2 // batch_size * batch_size
-            yield from mixed[:out].float().split(batch_size)
-            held = [mixed[out:]]
+            for at in range(0, out, batch_size):
+                if start:
+                    start -= 1
+                    continue
+                yield _normalised(mixed[at : at + batch_size], shift, factor, normalise)
+            held = [mixed[out:].clone()]
+
+
+def _normalised(rows: Tensor, shift: Tensor, factor: float, normalise: str) -> Tensor:
+    x = (rows.float() - shift) * factor
+    return torch.nn.functional.normalize(x, dim=-1) if normalise == "l2" else x

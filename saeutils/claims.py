@@ -51,14 +51,15 @@ class Ledger:
         Raises:
             ValueError: the interval does not contain the figure.
         """
-        if math.isfinite(here) and not low <= here <= high:
+        slack = 1e-9 * max(abs(low), abs(high))  # a mean of equal numbers may round past them
+        if math.isfinite(here) and not low - slack <= here <= high + slack:
             raise ValueError(f"{claim}: {here} lies outside its interval [{low}, {high}]")
         judged = "not judged" if holds is None or scales.rehearsal(self.scale) else "yes" if holds else "no"
         values = [
             claim,
             source,
             paper,
-            *(_short(v) for v in (here, low, high)),
+            *(_short(v) for v in (here, min(low, here), max(high, here))),
             judged,
             self.scale,
             _short(control),

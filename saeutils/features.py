@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 from torch import Tensor
@@ -81,18 +80,24 @@ def promoted(lm: TransformerBridge, direction: Tensor) -> Tensor:
 
     The final norm's gain is applied, its data-dependent scale is not: compare tokens, not sizes.
     """
-    weight = lm.original_model.get_output_embeddings().weight  # [vocabulary, d]
-    gain = _final_gain(lm).to(weight)
-    logits = weight @ (direction.to(weight) * gain)
-    return (logits - logits.mean()).float()
+    weight = lm.original_model.get_output_embeddings().weight.float()  # [vocabulary, d]
+    logits = weight @ _through_final_norm(lm, direction.float().to(weight.device))
+    return logits - logits.mean()
 
 
-def _final_gain(lm: TransformerBridge) -> Tensor:
-    """γ of the final norm; Gemma's RMSNorm multiplies by 1 + weight."""
+def _through_final_norm(lm: TransformerBridge, direction: Tensor) -> Tensor:
+    """γ ⊙ direction, centred first where the final norm is a LayerNorm (GPT-2) and not an RMSNorm."""
+    gain, centres = _final_norm(lm)
+    return gain.float().to(direction.device) * (direction - direction.mean() if centres else direction)
+
+
+def _final_norm(lm: TransformerBridge) -> tuple[Tensor, bool]:
+    """γ of the final norm (Gemma's multiplies by 1 + weight), and whether it centres."""
     for name, parameter in lm.original_model.named_parameters():
         if any(key in name for key in ("ln_f.", "final_layer_norm.", "model.norm.")) and name.endswith("weight"):
-            return parameter + 1 if "gemma" in lm.original_model.config.model_type else parameter
-    return torch.ones(lm.cfg.d_model)
+            gain = parameter + 1 if "gemma" in lm.original_model.config.model_type else parameter
+            return gain.detach(), "model.norm." not in name
+    return torch.ones(lm.cfg.d_model), False
 
 
 def token_table(lm: TransformerBridge, direction: Tensor, n: int = 10) -> pd.DataFrame:
@@ -105,9 +110,7 @@ def token_table(lm: TransformerBridge, direction: Tensor, n: int = 10) -> pd.Dat
     return pd.DataFrame(columns)
 
 
-def shaded(
-    table: LatentTable, text: Dataset, tokenizer, latent: int, docs: Sequence[int] | None = None, n: int = 8
-) -> str:
+def shaded(table: LatentTable, tokenizer, latent: int, docs: Sequence[int] | None = None, n: int = 8) -> str:
     """HTML of the strongest documents, each token shaded by its activation; all text is escaped."""
     values = table.of(latent)
     largest = max(values.max(), 1e-9)
@@ -122,13 +125,16 @@ def shaded(
                 f'<span style="background:rgba(255,120,0,{strength:.2f})" title="{values[i]:.3g}">{piece}</span>'
             )
         lines.append(f'<div style="margin:2px 0;font-family:monospace;white-space:pre-wrap">{"".join(spans)}</div>')
-    return "".join(lines) or f"<i>latent {latent} is silent on these {len(text):,} texts</i>"
+    return "".join(lines) or f"<i>latent {latent} is silent on these {table.n_docs:,} texts</i>"
 
 
 @torch.no_grad()
 def promoting(lm: TransformerBridge, sae: SAE, token: int) -> Tensor:
     """How much every latent's decoder row promotes one token by the direct path, per unit of its norm, [d_sae]."""
-    weight = lm.original_model.get_output_embeddings().weight
-    read = (weight[token] - weight.mean(0)) * _final_gain(lm).to(weight)  # [d]
+    weight = lm.original_model.get_output_embeddings().weight.float()
+    gain, centres = _final_norm(lm)
+    read = (weight[token] - weight.mean(0)) * gain.float().to(weight.device)  # [d]
+    if centres:
+        read = read - read.mean()
     rows = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
-    return rows @ read.float().to(rows.device)
+    return rows @ read.to(rows.device)

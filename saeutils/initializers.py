@@ -1,5 +1,7 @@
 """Starting points for the weights of any SAELens SAE."""
 
+import math
+
 import torch
 from sae_lens.saes.sae import SAE
 from torch import Tensor
@@ -50,5 +52,9 @@ def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
     sae.b_dec /= scale
     if shift is not None:
         sae.b_dec += shift.to(sae.b_dec)
-    if hasattr(sae, "threshold"):
+    if hasattr(sae, "log_threshold"):  # JumpReLU in training keeps the logarithm
+        sae.log_threshold -= math.log(scale)
+    elif hasattr(sae, "threshold"):
         sae.threshold /= scale
+    if hasattr(sae, "topk_threshold"):  # BatchTopK
+        sae.topk_threshold /= scale

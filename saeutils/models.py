@@ -126,7 +126,7 @@ def load_hf(
     device = device or default_device()
     dtype = dtype or default_dtype(device)
     source = str(local_dir(name)) if name in EMBEDDED else name
-    if not Path(source).exists() and source.count("/") != 1 and source not in ("gpt2", "distilgpt2"):
+    if not Path(source).exists() and source.count("/") != 1 and source.split("-")[0] not in ("gpt2", "distilgpt2"):
         raise ValueError(f"unknown model {name!r}: embedded are {sorted(EMBEDDED)}; else give a folder or a hub id")
     with _hub_errors(name), _quiet():
         config = AutoConfig.from_pretrained(source, revision=revision)
@@ -161,6 +161,16 @@ def _hub_errors(name: str):
             f"{name} could not be loaded from the hub ({str(e).splitlines()[0][:160]}). Without a hub use SCALE = 'laptop', "
             f"which needs none: it runs on {sorted(EMBEDDED)}"
         ) from e
+
+
+def identity(name: str, revision: str | None = None) -> str:
+    """What pins a model's weights: hashes of its archives or files, or the hub's commit."""
+    if name in EMBEDDED:
+        return name + str([archives.pinned()[archive]["sha256"] for archive, _ in EMBEDDED[name][1]])
+    if Path(name).is_dir():
+        return str([(f.name, archives.sha256_of(f)) for f in sorted(Path(name).iterdir()) if f.is_file()])
+    with _hub_errors(name):
+        return f"{name}@{AutoConfig.from_pretrained(name, revision=revision)._commit_hash}"
 
 
 def load_lm(name: str, **kwargs) -> TransformerBridge:

@@ -22,17 +22,17 @@ def resample_anthropic(sae: TrainingSAE, dead: Tensor, batch: Tensor, generator:
     """Anthropic's recipe (Bricken et al. 2023, appendix "neuron resampling").
 
     Each dead latent takes an input, drawn with probability ∝ its squared loss, as decoder direction; its encoder column
-    is the same direction at 0.2 × the mean norm of the living encoder columns, its bias 0.
+    is the same direction at 0.2 × the mean norm of the living encoder columns, its bias 0. No input is drawn twice, or two
+    latents would stay equal for ever: with more dead latents than inputs, the last ones wait for the next time.
 
     Args:
         dead: numbers of dead latents, [n_dead]. batch: inputs to draw from, [batch, d_in].
     """
+    dead = dead[: len(batch)]
     if not len(dead):
         return
     loss = (batch - sae(batch)).pow(2).sum(1)  # [batch]
-    drawn = torch.multinomial(
-        loss.double().square().cpu(), len(dead), replacement=len(dead) > len(batch), generator=generator
-    )
+    drawn = torch.multinomial(loss.double().square().cpu() + 1e-30, len(dead), generator=generator)
     direction = batch[drawn.to(batch.device)] - sae.b_dec  # [n_dead, d_in]
     direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-8)
     alive = torch.ones(sae.cfg.d_sae, dtype=torch.bool, device=sae.W_enc.device)

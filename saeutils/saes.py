@@ -44,7 +44,7 @@ class _SparseTopK(torch.autograd.Function):
         grad_pre = torch.where(values > 0, direct + grad_values, 0.0)  # [batch, k]
         d_sae, k = W_enc.shape[1], values.shape[1]
         flat = indices.flatten()
-        order = flat.argsort()  # groups the entries by latent: rows of the transposed sparse matrix
+        order = flat.argsort(stable=True)  # groups the entries by latent: rows of the transposed sparse matrix
         crow = F.pad(torch.bincount(flat, minlength=d_sae).cumsum(0), (1, 0)).int()
         column = (order // k).int()
 

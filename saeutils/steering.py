@@ -19,29 +19,33 @@ from transformer_lens.model_bridge import TransformerBridge
 Edit = tuple[str, Callable[..., Tensor]]
 Positions = slice | Sequence[int] | None
 AFTER_BOS = slice(1, None)
-SINK = 10.0  # rows with a norm above this many medians are attention sinks: steering leaves them alone
+SINK = 10.0  # rows with a norm above this many medians are attention sinks
 
 
-def _edit(hook: str, delta: Callable[[Tensor], Tensor], positions: Positions) -> Edit:
+def _edit(hook: str, d: int, delta: Callable[[Tensor], Tensor], positions: Positions) -> Edit:
     """Wrap ``delta`` (rows [n, d] → rows [n, d] to add) so that it acts on the chosen positions only.
 
     Positions count from the start of the prompt, generated tokens go on from there; with a key-value cache the hook sees
     one new position a call, so the count is kept here. Negative ones count from the prompt's end; None means every one.
-    The default everywhere is all but BOS, whose activation is an attention sink of another scale.
+    The default everywhere is all but BOS and other attention sinks, whose activations are of another scale.
     """
     wanted = positions if positions is None or isinstance(positions, slice) else sorted(positions)
-    state = {"seen": 0, "prompt": 0}
+    state, name = {"seen": 0, "prompt": 0}, hook
 
     def apply(x: Tensor, hook=None) -> Tensor:  # x [batch, position, d]
         length = x.shape[1]
+        if x.shape[2] != d:
+            raise ValueError(f"the edit has d={d}, {name} has d={x.shape[2]}: direction or SAE of another model?")
         if length > 1 or not state["prompt"]:
             state.update(seen=0, prompt=length)
         place = torch.arange(state["seen"], state["seen"] + length, device=x.device)
         state["seen"] += length
-        norms = x.float().norm(dim=-1)  # [batch, position]
-        mask = norms <= SINK * norms.median() if length > 2 else torch.ones_like(norms, dtype=torch.bool)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if wanted is not None:
             mask = mask & _selected(place, wanted, state["prompt"])
+        if positions == AFTER_BOS and length > 2:
+            norms = x.float().norm(dim=-1)  # [batch, position]
+            mask = mask & (norms <= SINK * norms.median())
         if not mask.any():
             return x
         out = x.clone()
@@ -64,12 +68,12 @@ def _selected(place: Tensor, wanted: slice | list[int], prompt: int) -> Tensor:
 def add(hook: str, direction: Tensor, strength: float = 1.0, positions: Positions = AFTER_BOS) -> Edit:
     """x ← x + strength·direction, for ``direction`` [d] (not normalised here: the strength is in its units)."""
     vector = (strength * direction).detach().float()
-    return _edit(hook, lambda x: vector.to(x.device).expand_as(x), positions)
+    return _edit(hook, len(vector), lambda x: vector.to(x.device).expand_as(x), positions)
 
 
 def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: Positions = AFTER_BOS) -> Edit:
     """x ← x + decode(change(f)) − decode(f) with f = encode(x) [n, d_sae]; ``change`` returns new activations."""
-    if hook and (trained_at := sae.cfg.metadata.hook_name) and trained_at != hook:
+    if (trained_at := sae.cfg.metadata.hook_name) and trained_at != hook:
         raise ValueError(f"the SAE was trained at {trained_at}, not at {hook}")
 
     @torch.no_grad()
@@ -80,7 +84,7 @@ def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: 
         sae.run_time_activation_norm_fn_in(x)
         return (sae.decode(change(acts.clone())) - before).float()
 
-    return _edit(hook, delta, positions)
+    return _edit(hook, sae.cfg.d_in, delta, positions)
 
 
 def _checked(sae: SAE, latent: int | Sequence[int]) -> list[int]:
@@ -115,7 +119,7 @@ def ablate(hook: str, sae: SAE, latent: int | Sequence[int], positions: Position
 def project_out(hook: str, directions: Tensor, positions: Positions = AFTER_BOS) -> Edit:
     """Remove the span of ``directions`` [d] or [n, d] from the activation."""
     basis = torch.linalg.qr(torch.atleast_2d(directions).detach().float().T)[0]  # [d, n]
-    return _edit(hook, lambda x: -(x @ basis.to(x.device)) @ basis.to(x.device).T, positions)
+    return _edit(hook, len(basis), lambda x: -(x @ basis.to(x.device)) @ basis.to(x.device).T, positions)
 
 
 def splice(hook: str, sae: SAE) -> Edit:
@@ -125,7 +129,7 @@ def splice(hook: str, sae: SAE) -> Edit:
     def delta(x: Tensor) -> Tensor:
         return sae(x.to(sae.dtype)).float() - x
 
-    return _edit(hook, delta, AFTER_BOS)
+    return _edit(hook, sae.cfg.d_in, delta, AFTER_BOS)
 
 
 @contextmanager
@@ -221,10 +225,10 @@ def loss_recovered(
     rows = sorted((r for r in rows if len(r) > 2), key=len)
     if not rows:
         raise ValueError("no text of at least two tokens to measure the loss on")
-    total = [0.0, 0]
+    total, state = [0.0, 0], {}
 
     def remember(x, hook=None):
-        flat = x[:, 1:].flatten(0, 1).float()
+        flat = x[:, 1:][state["real"]].float()
         fine = flat[flat.norm(dim=1) <= SINK * flat.norm(dim=1).median()]
         total[0], total[1] = total[0] + fine.sum(0), total[1] + len(fine)
 
@@ -234,6 +238,7 @@ def loss_recovered(
             part = [torch.tensor(r) for r in rows[at : at + batch_size]]
             ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(lm.cfg.device)
             target = torch.nn.utils.rnn.pad_sequence([p[1:] for p in part], batch_first=True, padding_value=-100)
+            state["real"] = (target != -100).to(ids.device)  # not padding
             with edited(lm, edits):
                 logits = lm(ids)[:, :-1].float()
             nll += float(
@@ -246,8 +251,8 @@ def loss_recovered(
 
     clean = loss([(hook, remember)])
     mean = total[0] / total[1]
-    spliced, zero = loss([splice(hook, sae)]), loss([_edit(hook, lambda x: -x, AFTER_BOS)])
-    averaged = loss([_edit(hook, lambda x: mean - x, AFTER_BOS)])
+    spliced, zero = loss([splice(hook, sae)]), loss([_edit(hook, sae.cfg.d_in, lambda x: -x, AFTER_BOS)])
+    averaged = loss([_edit(hook, sae.cfg.d_in, lambda x: mean - x, AFTER_BOS)])
     return {
         "clean": clean, "sae": spliced, "zero": zero, "mean": averaged,
         "recovered": (zero - spliced) / (zero - clean), "recovered_mean": (averaged - spliced) / (averaged - clean),

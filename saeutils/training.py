@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,11 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saeutils import archives, initializers
-from saeutils.metrics import orthogonality
+from saeutils.metrics import fvu, orthogonality
 from saeutils.resampling import RESAMPLERS, reset_adam
 from saeutils.saes import aux_k_loss
 
 DEAD = ("none", "post", "anthropic", "aux_k")
+RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions
 CHUNK = 512  # decoder rows handled at a time, so that gradient and weights meet in the processor's cache
 
 
@@ -137,7 +139,7 @@ def train(
     progress: bool = True,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Train any SAELens training SAE in place; the history has one row for each ``log_every`` steps and the last one.
+    """Train any SAELens training SAE in place; the history has one row for each ``log_every`` steps, the first and the last.
 
     Columns: step, samples, loss and every loss term, fvu, l0 (of that batch), dead (share of latents silent for
     ``dead_window`` steps), orthogonality (mean |cos| of decoder rows, from 512 rows), lr, resampled (latents so far).
@@ -150,8 +152,9 @@ def train(
         median_rows: start ``b_dec`` at the geometric median of the first so many rows; 0 leaves it alone.
         dead: ``none``; ``post`` (re-draw encoder rows) or ``anthropic`` (re-draw from badly reconstructed inputs), both
             every ``dead_every`` steps up to the share ``dead_until`` of the run, for latents that fired on fewer than
-            ``dead_threshold`` of the rows since; ``aux_k`` (auxiliary loss, weight ``aux_k``; TopK classes use their own).
-        checkpoint: folder for checkpoints; a run that finds one goes on from it, bit for bit.
+            ``dead_threshold`` of the rows since; ``aux_k`` (auxiliary loss, weight ``aux_k``). TopK classes
+            always have their own; ``aux_loss_coefficient=0`` in their config turns it off.
+        checkpoint: folder for checkpoints; a run that finds one goes on from it, on a CPU bit for bit.
         callback: called with (step, sae, history row) at every logged step.
 
     Raises:
@@ -182,27 +185,38 @@ def train(
     trainer = _Trainer(cfg, sae, stream, unit_norm, aux_k if use_aux else 0.0)
     generator = torch.Generator().manual_seed(seed)
     rows: list[dict] = []
-    resampled = _restore(found, trainer, generator, rows) if found else 0
+    recent: deque[Tensor] = deque(maxlen=-(-RESAMPLE_FROM // len(first)))
+    settings = {
+        "steps": steps,
+        "batch": len(first),
+        "lr": lr,
+        "warm_up": warm_up,
+        "decay": decay,
+        "dead": dead,
+        "seed": seed,
+    }
+    resampled = _restore(found, trainer, generator, rows, recent, settings) if found else 0
     for step in tqdm(range(start, steps), initial=start, total=steps, desc="training", disable=not progress):
         batch = held.pop(0) if held else next(stream, None)
         if batch is None:
             raise ValueError(f"batches ended after {step} of {steps} steps: give an endless iterator or fewer steps")
+        recent.append(batch)
         output = trainer.step(batch)
         trainer.n_training_steps = done = step + 1
         if dead in RESAMPLERS and done % dead_every == 0 and done <= dead_until * steps:
             silent = (trainer.fired / trainer.seen < dead_threshold).nonzero()[:, 0]
-            RESAMPLERS[dead](sae, silent, batch.to(sae.device), generator)
+            RESAMPLERS[dead](sae, silent, torch.cat(list(recent)).to(sae.device), generator)
             if dead == "anthropic":
                 reset_adam(trainer.optimizer, sae, silent)
-            resampled += len(silent)
+            resampled += min(len(silent), sum(map(len, recent)))
             trainer.fired.zero_()
             trainer.seen = 0
-        if done % log_every == 0 or done == steps:
+        if done % log_every == 0 or done in (1, steps):
             rows.append(_row(trainer, output, resampled))
             if callback:
                 callback(done, sae, rows[-1])
         if folder and (done % checkpoint_every == 0 or done == steps):
-            _save(folder, trainer, generator, rows, resampled)
+            _save(folder, trainer, generator, rows, recent, {**settings, "resampled": resampled})
     trainer.set_final_sae_metadata()
     return pd.DataFrame(rows)
 
@@ -227,7 +241,7 @@ def _row(trainer: _Trainer, output: TrainStepOutput, resampled: int) -> dict:
         "samples": trainer.n_training_samples,
         "loss": float(output.loss.detach()),
         **{name: float(value) for name, value in output.losses.items()},
-        "fvu": float((x - output.sae_out).pow(2).sum() / (x - x.mean(0)).pow(2).sum()),
+        "fvu": fvu(x, output.sae_out),
         "l0": float(active) / len(x),
         "dead": float(trainer.dead_neurons.float().mean()),
         "orthogonality": orthogonality(trainer.sae.W_dec, rows=512)["mean"],
@@ -236,13 +250,17 @@ def _row(trainer: _Trainer, output: TrainStepOutput, resampled: int) -> dict:
     }
 
 
-def _save(folder: Path, trainer: _Trainer, generator: torch.Generator, rows: list[dict], resampled: int) -> None:
+def _save(
+    folder: Path, trainer: _Trainer, generator: torch.Generator, rows: list[dict], recent: deque, settings: dict
+) -> None:
     """Write ``step-N`` under a temporary name, hash it, rename it; keep the newest two."""
     tmp = folder / ".saving"
     shutil.rmtree(tmp, ignore_errors=True)
     trainer.sae.save_model(tmp)
     trainer.save_trainer_state(tmp)
-    extra = {"generator": generator.get_state(), "fired": trainer.fired, "seen": trainer.seen, "resampled": resampled}
+    extra = {"generator": generator.get_state(), "fired": trainer.fired, "seen": trainer.seen, **settings}
+    if settings["dead"] == "anthropic":
+        extra["recent"] = list(recent)
     torch.save(extra, tmp / "extra.pt")
     (tmp / "history.json").write_text(json.dumps(rows))
     hashes = {f.name: archives.sha256_of(f) for f in sorted(tmp.iterdir())}
@@ -263,15 +281,19 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _restore(path: Path, trainer: _Trainer, generator: torch.Generator, rows: list[dict]) -> int:
+def _restore(
+    path: Path, trainer: _Trainer, generator: torch.Generator, rows: list[dict], recent: deque, settings: dict
+) -> int:
     saved = json.loads((path / "cfg.json").read_text())
-    if changed := [k for k in ("d_in", "d_sae", "k") if saved.get(k) != getattr(trainer.sae.cfg, k, None)]:
+    extra = torch.load(path / "extra.pt", weights_only=True)
+    changed = [k for k in ("d_in", "d_sae", "k") if saved.get(k) != getattr(trainer.sae.cfg, k, None)]
+    if changed := changed + [k for k, v in settings.items() if extra[k] != v]:
         raise ValueError(f"{path} was trained with another {', '.join(changed)}: give another checkpoint folder")
     trainer.sae.load_weights_from_checkpoint(path)
     trainer.load_trainer_state(path)
     for group in trainer.optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
-    extra = torch.load(path / "extra.pt", weights_only=True)
+    recent.extend(extra.get("recent", []))
     generator.set_state(extra["generator"])
     trainer.fired, trainer.seen = extra["fired"], extra["seen"]
     rows.extend(json.loads((path / "history.json").read_text()))

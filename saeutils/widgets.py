@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import ipywidgets as w
 import matplotlib.pyplot as plt
 import pandas as pd
-from datasets import Dataset
 from IPython.display import display
 from sae_lens.saes.sae import SAE
 from transformer_lens.model_bridge import TransformerBridge
@@ -22,7 +21,7 @@ def _wide(text: str, **layout) -> dict:
     }
 
 
-def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, text: Dataset, latent: int) -> w.Widget:
+def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, latent: int) -> w.Widget:
     """Search or pick a latent; see its strongest texts shaded, its histogram, what it promotes and suppresses."""
     search = w.Text(placeholder="a word, then Enter", continuous_update=False, **_wide("promotes word"))
     found = w.Dropdown(options=[("—", -1)], **_wide("found"))
@@ -36,7 +35,7 @@ def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, t
             found.options = [(f"{i}  ({v:+.2f})", i) for v, i in zip(best.values.tolist(), best.indices.tolist())]
 
     def show(_=None) -> None:
-        texts.value = features.shaded(table, text, lm.tokenizer, number.value)
+        texts.value = features.shaded(table, lm.tokenizer, number.value)
         tokens.value = features.token_table(lm, sae.W_dec[number.value]).to_html(border=0, escape=True)
         values = table.of(number.value)
         chart.clear_output(wait=True)
@@ -50,7 +49,9 @@ def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, t
             plt.close(fig)
 
     search.observe(look_up, "value")
-    found.observe(lambda c: setattr(number, "value", c["new"]) if (c["new"] or -1) >= 0 else None, "value")
+    found.observe(
+        lambda c: setattr(number, "value", c["new"]) if c["new"] is not None and c["new"] >= 0 else None, "value"
+    )
     number.observe(show, "value")
     show()
     return w.VBox([w.HBox([number, search, found]), w.HBox([chart, tokens]), texts])

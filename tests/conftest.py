@@ -6,6 +6,7 @@ import matplotlib
 import pytest
 import torch
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests compare with CPU arithmetic
 os.environ.setdefault("SAEUTILS_SCALE", "smoke")  # read by the kernels that run the notebooks
 matplotlib.use("Agg")
 torch.set_num_threads(2)

@@ -73,8 +73,8 @@ def test_promoting_agrees_with_promoted(lm, sae):
     assert features.token_table(lm, sae.W_dec[0].detach(), 5).shape == (5, 2)
 
 
-def test_shaded_text_is_escaped(lm, sae, table, data):
-    html = features.shaded(table, data, lm.tokenizer, 0, docs=[1])
+def test_shaded_text_is_escaped(lm, sae, table):
+    html = features.shaded(table, lm.tokenizer, 0, docs=[1])
     assert "<b>" not in html and "&lt;" in html and "&amp;" in html
 
 
@@ -87,8 +87,8 @@ def test_bad_input(table, sae):
         features.latent_table(acts, other, 1)
 
 
-def test_widgets_react(lm, sae, table, data):
-    panel = widgets.latent_panel(lm, sae, table, data, 0)
+def test_widgets_react(lm, sae, table):
+    panel = widgets.latent_panel(lm, sae, table, 0)
     (number, search, found), _, texts = panel.children[0].children, panel.children[1], panel.children[2]
     before = texts.value
     number.value = int(np.argmax(table.max_per_doc().toarray().max(0)))

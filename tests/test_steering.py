@@ -125,6 +125,8 @@ def test_bad_input(lm):
         pass
     with pytest.raises(ValueError, match="at least one prompt"):
         steering.generate(lm, [])
+    with pytest.raises(ValueError, match=r"the edit has d=32, .* has d=640"):
+        _resid(lm, PROMPT, [steering.add(HOOK, torch.ones(32))])
     sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
     with pytest.raises(ValueError, match=r"trained at blocks\.1"):
         steering.ablate(HOOK, sae, 1)

@@ -159,7 +159,9 @@ def test_bad_input(rows, tmp_path):
         train(_topk(), [rows[:256]] * 3, 5, median_rows=0, progress=False)
     train(_topk(), batches, 2, checkpoint=tmp_path, progress=False)
     with pytest.raises(ValueError, match="trained with another d_sae"):
-        train(_topk(d_sae=256), batches, 4, checkpoint=tmp_path, progress=False)
+        train(_topk(d_sae=256), batches, 2, checkpoint=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="trained with another steps, lr"):
+        train(_topk(), batches, 4, lr=1e-5, warm_up=0, decay=0, checkpoint=tmp_path, progress=False)
 
 
 def test_orthogonality_of_random_rows():
