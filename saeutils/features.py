@@ -15,6 +15,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from saeutils.activations import Activations
 
+DENSE = 2**26  # entries of the largest dense block of activations: 256 MB
+
 
 @dataclass(frozen=True)
 class LatentTable:
@@ -50,7 +52,7 @@ class LatentTable:
 
 
 @torch.no_grad()
-def latent_table(acts: Activations, sae: SAE, n_docs: int, batch_size: int = 2048) -> LatentTable:
+def latent_table(acts: Activations, sae: SAE, n_docs: int) -> LatentTable:
     """Encode every collected row; ``acts`` is a small set from :func:`saeutils.activations.collect`.
 
     Raises:
@@ -60,9 +62,11 @@ def latent_table(acts: Activations, sae: SAE, n_docs: int, batch_size: int = 204
         raise ValueError(f"activations have d={acts.d}, the SAE expects d_in={sae.cfg.d_in}: same LM and hook point?")
     rows = acts.all()
     parts = []
-    for x in tqdm(rows["x"].split(batch_size), desc="encoding", leave=False):
-        dense = sae.encode(x.to(sae.device, sae.dtype))
-        parts.append(sparse.csr_array((dense.to_dense() if dense.is_sparse else dense).float().cpu().numpy()))
+    for x in tqdm(rows["x"].split(max(1, DENSE // sae.cfg.d_sae)), desc="encoding", leave=False):
+        dense = sae.encode(x.to(sae.device, sae.dtype))  # [batch, d_sae]
+        at = dense.nonzero(as_tuple=True)
+        entries = dense[at].float().cpu().numpy(), tuple(i.cpu().numpy() for i in at)
+        parts.append(sparse.csr_array(entries, shape=tuple(dense.shape)))
     return LatentTable(sparse.vstack(parts).tocsc(), rows["doc"].numpy(), rows["token"].numpy(), n_docs)
 
 

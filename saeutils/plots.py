@@ -59,7 +59,7 @@ def histogram(ax: Axes, values: np.ndarray, label: str = "", bins: int = 40, log
 def bars(ax: Axes, heights: Mapping[str, tuple[float, float, float]], xlabel: str = "") -> None:
     """Horizontal bars with intervals: label → (value, low, high)."""
     for i, (value, low, high) in enumerate(heights.values()):
-        ax.barh(i, value, color="C0" if i else "C1", alpha=0.75)
+        ax.barh(i, value, color="C0", alpha=0.75)
         ax.plot([low, high], [i, i], color="0.2", lw=1.5)
     ax.set_yticks(range(len(heights)), list(heights))
     ax.invert_yaxis()

@@ -175,14 +175,30 @@ def generate(
             length = len(ids[order[0]])
             batch = [i for i in order[:batch_size] if len(ids[i]) == length]
             order = order[len(batch) :]
-            stacked = torch.stack([ids[i] for i in batch])
-            made = lm.generate(
-                stacked, max_new_tokens=tokens, do_sample=temperature > 0, temperature=temperature or 1.0,
-                stop_at_eos=False, return_type="tokens", verbose=False,
-            )  # fmt: skip
-            for i, row in zip(batch, made[:, length:]):
+            made = _continue(lm, torch.stack([ids[i] for i in batch]), tokens, temperature)
+            for i, row in zip(batch, made):
                 out[i] = lm.tokenizer.decode(row, skip_special_tokens=True)
     return [out[i : i + samples] for i in range(0, len(out), samples)]
+
+
+def _continue(lm: TransformerBridge, ids: Tensor, tokens: int, temperature: float) -> Tensor:
+    """[batch, prompt] → sampled tokens [batch, tokens], with a key-value cache.
+
+    Samples by inverting the cumulative distribution, one uniform number a row: over Gemma's 262k tokens this takes half the
+    time of ``lm.generate``, which draws one number a token of the vocabulary.
+    """
+    made, cache = [], None
+    for _ in range(tokens):
+        out = lm.original_model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, logits = out.past_key_values, out.logits[:, -1].float()  # [batch, vocabulary]
+        if temperature:
+            mass = (logits / temperature).softmax(-1).cumsum(-1)
+            u = torch.rand(len(mass), 1, device=mass.device) * mass[:, -1:]
+            ids = torch.searchsorted(mass, u).clamp_max(mass.shape[1] - 1)
+        else:
+            ids = logits.argmax(-1, keepdim=True)
+        made.append(ids)
+    return torch.cat(made, dim=1)
 
 
 @torch.no_grad()

@@ -96,6 +96,21 @@ def test_generation_counts_positions_across_the_cache(lm):
     assert steering.generate(lm, [prompt], [edit], tokens=2)[0][0] == two
 
 
+def test_greedy_equals_the_bridge_and_sampling_follows_the_distribution(lm):
+    ids = lm.to_tokens(PROMPT)
+    expected = lm.generate(
+        ids, max_new_tokens=6, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
+    )
+    assert steering.generate(lm, [PROMPT], tokens=6)[0][0] == lm.tokenizer.decode(expected[0, ids.shape[1] :])
+    with torch.no_grad():
+        p = (lm(ids)[0, -1].float() / 0.7).softmax(-1)
+        torch.manual_seed(0)
+        drawn = steering._continue(lm, ids.expand(500, -1), 1, 0.7)[:, 0]
+    top = p.topk(5)
+    share = torch.stack([(drawn == i).float().mean() for i in top.indices])
+    assert torch.allclose(share, top.values, atol=4 * float((top.values.max() / 500) ** 0.5))
+
+
 def test_sampling_is_seeded_and_batched(lm):
     prompts = ["he is", "the weather today is"]
     state = torch.get_rng_state()
