@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
@@ -170,7 +171,8 @@ def identity(name: str, revision: str | None = None) -> str:
     if Path(name).is_dir():
         return str([(f.name, archives.sha256_of(f)) for f in sorted(Path(name).iterdir()) if f.is_file()])
     with _hub_errors(name):
-        return f"{name}@{AutoConfig.from_pretrained(name, revision=revision)._commit_hash}"
+        config = hf_hub_download(name, "config.json", revision=revision)  # …/snapshots/COMMIT/config.json
+    return f"{name}@{Path(config).parent.name}"
 
 
 def load_lm(name: str, **kwargs) -> TransformerBridge:
