@@ -152,11 +152,11 @@ def _hub_errors(name: str):
     try:
         yield
     except OSError as e:  # transformers wraps the hub's errors, huggingface_hub's own are OSErrors too
-        causes, text = (e, e.__cause__), f"{e} {e.__cause__}"
-        if any(isinstance(c, GatedRepoError) for c in causes) or "gated repo" in text:
+        causes = (e, e.__cause__)
+        if any(isinstance(c, GatedRepoError) for c in causes):
             fix = "accept its licence on the hub, then run `hf auth login` or set HF_TOKEN"
             raise ValueError(f"{name} is gated: {fix}") from e
-        if any(isinstance(c, RepositoryNotFoundError) for c in causes) or "not a valid model identifier" in text:
+        if any(isinstance(c, RepositoryNotFoundError) for c in causes):
             raise ValueError(f"the hub has no model {name!r}; without a hub there are {sorted(EMBEDDED)}") from e
         raise ConnectionError(
             f"{name} could not be loaded from the hub ({str(e).splitlines()[0][:160]}). Without a hub use SCALE = 'laptop', "
