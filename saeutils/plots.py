@@ -51,7 +51,7 @@ def reference(ax: Axes, value: float, label: str, axis: str = "y") -> None:
 def histogram(ax: Axes, values: np.ndarray, label: str = "", bins: int = 40, log: bool = True, **style) -> None:
     """Histogram of values, logarithmic counts by default."""
     ax.hist(values, bins=bins, label=label or None, alpha=0.7, **style)
-    if log:
+    if log and len(values):
         ax.set_yscale("log")
     ax.set_ylabel("count")
 
