@@ -51,7 +51,7 @@ def results_table() -> str:
     """The ledger of claims as Markdown."""
     table = claims.all_claims()
     lines = [
-        "| notebook | claim | paper | here (95% interval) | control | holds | scale |",
+        "| notebook | claim | paper | here (interval) | control | holds | scale |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in table.to_dict("records"):
