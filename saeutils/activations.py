@@ -63,13 +63,14 @@ def collect(
     settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
     folder = archives.cache_dir("activations", _key(lm, hook, text, load, **settings))
     acts = Activations(folder)
-    if acts.meta.get("complete") and not acts.damaged():
+    damaged = acts.damaged()  # hashes every shard: once
+    if acts.meta.get("complete") and not damaged:
         return acts
     collector = Collector(lm, hook, batch_tokens, **load)
     windows = tokenize(text, collector.tokenizer, context, n_tokens, seed)
     cut = pools(windows, seed)
     meta = {"lm": lm, "hook": hook, **settings, "documents": len(text), "shards": acts.meta.get("shards", {})}
-    missing = acts.damaged() | {n for n in map(_shard, range(len(cut))) if n not in meta["shards"]}
+    missing = damaged | {n for n in map(_shard, range(len(cut))) if n not in meta["shards"]}
     done = [sum(len(windows.tokens[i]) for i in p) for n, p in enumerate(cut) if _shard(n) not in missing]
     with tqdm(total=sum(map(len, windows.tokens)), initial=sum(done), unit=" tok", unit_scale=True, desc=hook) as bar:
         for n, pool in enumerate(cut):

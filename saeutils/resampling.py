@@ -1,4 +1,4 @@
-"""Second lives for dead latents: two ways to draw new weights for them."""
+"""Second lives for dead latents: two ways to draw new weights for them. Each returns the latents that it redrew."""
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def resample_post(sae: TrainingSAE, dead: Tensor, _batch: Tensor, generator: torch.Generator) -> None:
+def resample_post(sae: TrainingSAE, dead: Tensor, _batch: Tensor, generator: torch.Generator) -> Tensor:
     """Seed 001's recipe: standard normal encoder columns, zero biases; decoder rows stay.
 
     Args:
@@ -15,10 +15,11 @@ def resample_post(sae: TrainingSAE, dead: Tensor, _batch: Tensor, generator: tor
     noise = torch.randn(len(dead), sae.cfg.d_in, generator=generator)
     sae.W_enc[:, dead] = noise.T.to(sae.W_enc)
     sae.b_enc[dead] = 0
+    return dead
 
 
 @torch.no_grad()
-def resample_anthropic(sae: TrainingSAE, dead: Tensor, batch: Tensor, generator: torch.Generator) -> None:
+def resample_anthropic(sae: TrainingSAE, dead: Tensor, batch: Tensor, generator: torch.Generator) -> Tensor:
     """Anthropic's recipe (Bricken et al. 2023, appendix "neuron resampling").
 
     Each dead latent takes an input, drawn with probability ∝ its squared loss, as decoder direction; its encoder column
@@ -30,7 +31,7 @@ def resample_anthropic(sae: TrainingSAE, dead: Tensor, batch: Tensor, generator:
     """
     dead = dead[: len(batch)]
     if not len(dead):
-        return
+        return dead
     loss = (batch - sae(batch)).pow(2).sum(1)  # [batch]
     drawn = torch.multinomial(loss.double().square().cpu() + 1e-30, len(dead), generator=generator)
     direction = batch[drawn.to(batch.device)] - sae.b_dec  # [n_dead, d_in]
@@ -41,6 +42,7 @@ def resample_anthropic(sae: TrainingSAE, dead: Tensor, batch: Tensor, generator:
     sae.W_dec[dead] = direction
     sae.W_enc[:, dead] = (0.2 * norm * direction).T
     sae.b_enc[dead] = 0
+    return dead
 
 
 RESAMPLERS = {"post": resample_post, "anthropic": resample_anthropic}

@@ -205,10 +205,10 @@ def train(
         trainer.n_training_steps = done = step + 1
         if dead in RESAMPLERS and done % dead_every == 0 and done <= dead_until * steps:
             silent = (trainer.fired / trainer.seen < dead_threshold).nonzero()[:, 0]
-            RESAMPLERS[dead](sae, silent, torch.cat(list(recent)).to(sae.device), generator)
+            redrawn = RESAMPLERS[dead](sae, silent, torch.cat(list(recent)).to(sae.device), generator)
             if dead == "anthropic":
-                reset_adam(trainer.optimizer, sae, silent)
-            resampled += min(len(silent), sum(map(len, recent)))
+                reset_adam(trainer.optimizer, sae, redrawn)
+            resampled += len(redrawn)
             trainer.fired.zero_()
             trainer.seen = 0
         if done % log_every == 0 or done in (1, steps):
