@@ -160,13 +160,13 @@ class Activations:
         return self.sample(50_000, "train")["x"].mean(0)
 
     @cached_property
-    def _scales(self) -> tuple[float, float]:
+    def _scales(self) -> dict[tuple[bool, str], float]:
         x = self.sample(50_000, "train")["x"]
-        return tuple(float(self.d**0.5 / (x - shift).norm(dim=-1).mean()) for shift in (0, self.mean))
+        return {(c, n): _factor(x - c * self.mean, n) for c in (True, False) for n in ("scale", "rms")}
 
-    def scale(self, centre: bool = True) -> float:
-        """The factor that gives train rows (centred or not) the mean norm √d."""
-        return self._scales[centre]
+    def scale(self, centre: bool = True, normalise: str = "scale") -> float:
+        """The factor by which ``batches`` multiplies train rows, centred or not: see its ``normalise``."""
+        return self._scales[centre, normalise]
 
     def batches(
         self,
@@ -182,16 +182,17 @@ class Activations:
         """Endless shuffled batches [batch_size, d], float32, deterministic in ``seed``; ``start`` skips so many cheaply.
 
         Args:
-            normalise: ``none``; ``l2`` (every row to norm 1); ``scale`` (one factor, mean norm √d, see :meth:`scale`).
+            normalise: ``none``; ``l2`` (every row to norm 1); one factor for all rows: ``scale`` (mean norm √d) or ``rms``
+                (root mean squared norm 1), see :meth:`scale`.
             centre: subtract :attr:`mean` first.
             group: this many shards are shuffled together (memory: one group).
         """
-        if normalise not in ("none", "l2", "scale"):
-            raise ValueError(f"unknown normalise={normalise!r}: none, l2 or scale")
+        if normalise not in ("none", "l2", "scale", "rms"):
+            raise ValueError(f"unknown normalise={normalise!r}: none, l2, scale or rms")
         if self.count(split) < batch_size:
             raise ValueError(f"{split} has {self.count(split):,} rows, fewer than one batch of {batch_size:,}")
         shift = self.mean if centre else torch.zeros(self.d)
-        factor = self.scale(centre) if normalise == "scale" else 1.0
+        factor = self.scale(centre, normalise) if normalise in ("scale", "rms") else 1.0
         for rows in self._shuffled(batch_size, split, seed, start, group):
             yield _normalised(rows, shift, factor, normalise)
 
@@ -241,9 +242,7 @@ def stream(
             mixed = torch.cat(held)
             if shift is None:
                 shift = mixed.mean(0) if centre else torch.zeros(mixed.shape[1])
-                factor = (
-                    float(mixed.shape[1] ** 0.5 / (mixed - shift).norm(dim=1).mean()) if normalise == "scale" else 1.0
-                )
+                factor = _factor(mixed - shift, normalise)
             mixed = mixed[torch.from_numpy(np.random.default_rng([seed, epoch, n]).permutation(len(mixed)))]
             out = len(mixed) // 2 // batch_size * batch_size
             for at in range(0, out, batch_size):
@@ -252,6 +251,12 @@ def stream(
                     continue
                 yield _normalised(mixed[at : at + batch_size], shift, factor, normalise)
             held = [mixed[out:].clone()]
+
+
+def _factor(x: Tensor, normalise: str) -> float:
+    norms = x.norm(dim=-1)
+    factors = {"scale": x.shape[1] ** 0.5 / float(norms.mean()), "rms": 1 / float(norms.pow(2).mean().sqrt())}
+    return factors.get(normalise, 1.0)
 
 
 def _normalised(rows: Tensor, shift: Tensor, factor: float, normalise: str) -> Tensor:

@@ -1,10 +1,10 @@
 """Starting points for the weights of any SAELens SAE."""
 
-import math
-
 import torch
 from sae_lens.saes.sae import SAE
+from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 
 @torch.no_grad()
@@ -36,6 +36,144 @@ def tie(sae: SAE) -> None:
     sae.W_enc.copy_(sae.W_dec.T)
 
 
+def _decoder(sae: SAE, rows: Tensor) -> None:
+    """Decoder ``rows`` [d_sae, d_in] at norm 1, encoder tied to them, no bias."""
+    sae.W_dec.copy_(rows.to(sae.W_dec))
+    sae.b_enc.zero_()
+    tie(sae)
+
+
+@torch.no_grad()
+def random_decoder(sae: SAE, seed: int) -> None:
+    """Random directions; two SAEs given one ``seed`` share their start (the control for :func:`mirror_decoder`)."""
+    _decoder(sae, torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+@torch.no_grad()
+def data_points(sae: SAE, x: Tensor, seed: int) -> None:
+    """Random rows of ``x`` [n, d_in] less ``b_dec`` as directions.
+
+    Raises:
+        ValueError: fewer rows than latents.
+    """
+    if len(x) < sae.cfg.d_sae:
+        raise ValueError(f"{len(x):,} rows cannot start {sae.cfg.d_sae:,} latents: give more")
+    picked = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: sae.cfg.d_sae]
+    _decoder(sae, x[picked].to(sae.b_dec) - sae.b_dec)
+
+
+@torch.no_grad()
+def k_means(sae: SAE, x: Tensor, seed: int) -> None:
+    """Centres of spherical mini-batch k-means on ``x`` [n, d_in] less ``b_dec``, one a latent.
+
+    Raises:
+        ValueError: fewer rows than latents.
+    """
+    if len(x) < sae.cfg.d_sae:
+        raise ValueError(f"{len(x):,} rows cannot start {sae.cfg.d_sae:,} latents: give more")
+    unit = torch.nn.functional.normalize(x.to(sae.b_dec) - sae.b_dec, dim=1).cpu().numpy()
+    model = MiniBatchKMeans(sae.cfg.d_sae, init="random", batch_size=4096, max_iter=5, n_init=1, random_state=seed)
+    _decoder(sae, torch.from_numpy(model.fit(unit).cluster_centers_))
+
+
+@torch.no_grad()
+def mlp_directions(lm: TransformerBridge, layer: int) -> Tensor:
+    """What each neuron of a block's MLP writes to the residual stream: U_dec as rows, [d_mlp, d_model], float32.
+
+    The MLP adds Σ_i σ_i·u_i + c to the stream. Where the block norms the MLP's output (Gemma 2 and 3), it adds that sum
+    divided by its root mean square of the token, and then scaled per coordinate by the norm's weight: the weight belongs
+    to the direction, the division is one number a token. The weight is read off the norm itself, whose value at the
+    all-ones vector it is, so that Gemma's 1 + w needs no special case.
+
+    Raises:
+        ValueError: no such block, or one without a single MLP (mixtures of experts, attention only).
+    """
+    if not 0 <= layer < len(lm.blocks):
+        raise ValueError(f"block {layer}: the model has blocks 0…{len(lm.blocks) - 1}")
+    block = lm.blocks[layer]
+    U = getattr(getattr(block, "mlp", None), "W_out", None)
+    if U is None or U.ndim != 2:
+        raise ValueError(f"block {layer} has no MLP with one output matrix: mirror_decoder needs one, use data_points")
+    U = U.detach().float()
+    if hasattr(block, "ln2_post"):
+        U = U * block.ln2_post.original_component(torch.ones(U.shape[1], device=U.device)).float()
+    return U
+
+
+@torch.no_grad()
+def mirror_decoder(sae: SAE, lm: TransformerBridge, layer: int) -> None:
+    """SAE-MD (seed 002): decoder [U_dec, −U_dec] of the block's MLP at norm 1, encoder tied to it; then :func:`calibrate`.
+
+    Raises:
+        ValueError: d_sae is not twice the MLP's width, d_in not the model's; a block without an MLP.
+    """
+    U = mlp_directions(lm, layer)
+    if (2 * len(U), U.shape[1]) != (sae.cfg.d_sae, sae.cfg.d_in):
+        raise ValueError(
+            f"the mirrored MLP of block {layer} has d_sae = {2 * len(U)}, d_in = {U.shape[1]}; the SAE has "
+            f"{sae.cfg.d_sae} and {sae.cfg.d_in}: build the SAE with the former"
+        )
+    _decoder(sae, torch.cat([U, -U]))
+
+
+@torch.no_grad()
+def residual_mirror_decoder(
+    sae: SAE, lm: TransformerBridge, layer: int, x: Tensor, seed: int = 0, share: float = 0.5
+) -> None:
+    """Mirror decoder with room for the stream that the MLP does not write (the paper's future work).
+
+    ``share`` of the width goes to ±u_i of the neurons along which rows ``x`` [n, d_in] less ``b_dec`` vary most, the rest
+    to data points with their projection on the span of what the MLP writes strongest (its leading d_in/2 directions) removed.
+
+    Raises:
+        ValueError: share not in (0, 1), fewer rows than latents left, a block without an MLP.
+    """
+    U = torch.nn.functional.normalize(mlp_directions(lm, layer), dim=1).to(sae.b_dec)
+    pairs = int(share * sae.cfg.d_sae / 2)
+    if not 0 < pairs <= min(len(U), (sae.cfg.d_sae - 1) // 2):
+        raise ValueError(
+            f"share={share} of d_sae={sae.cfg.d_sae} must be 1…{len(U)} mirrored pairs and leave some room"
+        )
+    rest, centred = sae.cfg.d_sae - 2 * pairs, x.to(sae.b_dec) - sae.b_dec
+    if len(x) < rest:
+        raise ValueError(f"{len(x):,} rows cannot start {rest:,} latents: give more")
+    varied = (centred @ U.T).pow(2).mean(0).topk(pairs).indices
+    V = torch.linalg.svd(U[varied], full_matrices=False).Vh[: sae.cfg.d_in // 2]  # [d_in/2, d_in]
+    picked = centred[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rest]]
+    _decoder(sae, torch.cat([U[varied], -U[varied], picked - picked @ V.T @ V]))
+
+
+@torch.no_grad()
+def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
+    """Start a JumpReLU SAE at the L0 it shall keep, in place: thresholds per latent, then one gain for the encoder.
+
+    Every latent gets the threshold that it passes on l0/d_sae of the rows ``x`` [n, d_in]; without it, directions of
+    unequal projection (an MLP's columns) leave few latents firing always and the rest dead. The gain minimises
+    ‖x − b_dec − g·ẑ‖², as the sum of tied, correlated latents overshoots.
+
+    Raises:
+        ValueError: an SAE without thresholds, too few rows for the rate.
+    """
+    if not hasattr(sae, "threshold"):
+        raise ValueError(f"{type(sae).__name__} has no thresholds: calibrate takes JumpReLU SAEs")
+    if (k := round(len(x) * l0 / sae.cfg.d_sae)) < 1:
+        raise ValueError(f"{len(x)} rows are too few for a rate of {l0}/{sae.cfg.d_sae}: give {sae.cfg.d_sae / l0:.0f}")
+    x = x.to(sae.b_dec)
+    sae_in = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
+    for at in range(0, sae.cfg.d_sae, 512):
+        part = slice(at, at + 512)
+        pre = sae_in @ sae.W_enc[:, part] + sae.b_enc[part]  # [n, 512]
+        top = pre.topk(min(k + 1, len(x)), dim=0).values[-2:]  # the k-th and the next largest
+        sae.threshold[part] = top.mean(0).clamp_min(0)
+    dot = norm = 0.0
+    for part in x.split(1024):
+        out = sae.decode(sae.encode(part)) - sae.b_dec
+        dot, norm = dot + float((out * (part - sae.b_dec)).sum()), norm + float(out.pow(2).sum())
+    if norm:
+        for parameter in (sae.W_enc, sae.b_enc, sae.threshold):
+            parameter *= max(dot / norm, 1e-3)
+
+
 @torch.no_grad()
 def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
     """Make an SAE trained on (x − shift)·scale take x itself, in place; decoder norms stay, latents shrink by 1/scale.
@@ -52,9 +190,7 @@ def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
     sae.b_dec /= scale
     if shift is not None:
         sae.b_dec += shift.to(sae.b_dec)
-    if hasattr(sae, "log_threshold"):  # JumpReLU in training keeps the logarithm
-        sae.log_threshold -= math.log(scale)
-    elif hasattr(sae, "threshold"):
+    if hasattr(sae, "threshold"):  # JumpReLU
         sae.threshold /= scale
     if hasattr(sae, "topk_threshold"):  # BatchTopK
         sae.topk_threshold /= scale

@@ -1,17 +1,43 @@
-"""SAELens training classes of ours. ``sparse_topk``: TopK training whose backward pass never leaves the k active latents."""
+"""SAELens training classes of ours, whose backward pass never leaves the active latents.
+
+``sparse_topk``: TopK. ``sparse_jumprelu``: JumpReLU held at a target L0.
+"""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sae_lens import registry
+from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, Step
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
 ROWS = 256  # rows encoded at a time: their pre-activations stay in the processor's cache
+DENSE_ABOVE = 1 / 16  # share of active latents above which dense products are quicker than sparse ones
+
+
+def _transposed(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """For sparse S [batch, d_sae] with entries at (row, column): ``times(entries, dense)`` = Sᵀ·dense, [d_sae, d_in]."""
+    batch, d_sae = shape
+    order = column.argsort(stable=True)  # groups the entries by latent: rows of the transposed matrix
+    crow = F.pad(torch.bincount(column, minlength=d_sae).cumsum(0), (1, 0)).int()
+    sources = row[order].int()
+
+    def times(entries: Tensor, dense: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse")
+            return torch.sparse_csr_tensor(crow, sources, entries[order], (d_sae, batch)) @ dense
+
+    return times
+
+
+def _by_latent(column: Tensor, entries: Tensor, d_sae: int) -> Tensor:
+    """Sum of ``entries`` for every latent, in double precision, [d_sae]."""
+    return torch.bincount(column, entries.double(), minlength=d_sae).to(entries.dtype)
 
 
 class _SparseTopK(torch.autograd.Function):
@@ -42,22 +68,12 @@ class _SparseTopK(torch.autograd.Function):
         sae_in, values, indices, W_enc = ctx.saved_tensors
         (direct,) = torch.autograd.grad(ctx.decoded, ctx.leaf, grad_out)
         grad_pre = torch.where(values > 0, direct + grad_values, 0.0)  # [batch, k]
-        d_sae, k = W_enc.shape[1], values.shape[1]
-        flat = indices.flatten()
-        order = flat.argsort(stable=True)  # groups the entries by latent: rows of the transposed sparse matrix
-        crow = F.pad(torch.bincount(flat, minlength=d_sae).cumsum(0), (1, 0)).int()
-        column = (order // k).int()
-
-        def transposed_times(entries: Tensor, dense: Tensor) -> Tensor:
-            """Sᵀ·dense, where S [batch, d_sae] holds ``entries`` at ``indices``; gives [d_sae, d_in]."""
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse")
-                s = torch.sparse_csr_tensor(crow, column, entries.flatten()[order], (d_sae, len(values)))
-                return s @ dense
-
-        grad_W_dec = transposed_times(values, grad_out)
-        grad_W_enc = transposed_times(grad_pre, sae_in).T  # laid out like W_enc below
-        grad_b_enc = torch.bincount(flat, grad_pre.flatten().double(), minlength=d_sae).to(values.dtype)
+        d_sae, flat, entries = W_enc.shape[1], indices.flatten(), grad_pre.flatten()
+        row = torch.arange(len(values), device=flat.device).repeat_interleave(values.shape[1])
+        times = _transposed(row, flat, (len(values), d_sae))
+        grad_W_dec = times(values.flatten(), grad_out)
+        grad_W_enc = times(entries, sae_in).T  # laid out like W_enc below
+        grad_b_enc = _by_latent(flat, entries, d_sae)
         grad_b_dec = grad_out.sum(0)
         if ctx.shift:
             grad_b_dec = grad_b_dec - W_enc @ grad_b_enc
@@ -153,5 +169,128 @@ def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor, n_dead: int) -> Ten
     return weight * (pre @ W_dec - residual).pow(2).sum(-1).mean()
 
 
-if "sparse_topk" not in registry.SAE_TRAINING_CLASS_REGISTRY:
-    registry.register_sae_training_class("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig)
+class _SparseJumpReLU(torch.autograd.Function):
+    """x̂ = W_decᵀ·JumpReLU_θ(W_encᵀ(x − s·b_dec) + b_enc) + b_dec and its mean L0; θ by straight-through windows."""
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, bandwidth, shift):
+        sae_in = x - b_dec if shift else x  # [batch, d_in]
+        rows = len(x) if x.is_cuda else ROWS
+        buffer = x.new_empty(min(rows, len(x)), W_enc.shape[1])
+        edge, parts = threshold - bandwidth / 2, []
+        for a in range(0, len(x), rows):
+            b = min(a + rows, len(x))
+            pre = torch.addmm(b_enc, sae_in[a:b], W_enc, out=buffer[: b - a])  # [rows, d_sae]
+            i, j = (pre > edge).nonzero(as_tuple=True)  # active, or inside the window below the threshold
+            parts.append((a + i, j, pre[i, j]))
+        row, column, pre = (torch.cat(p) for p in zip(*parts))  # [entries]
+        active = pre > threshold[column]
+        values = pre * active
+        offsets = F.pad(torch.bincount(row, minlength=len(x)).cumsum(0)[:-1], (1, 0))
+        with torch.enable_grad():  # keep embedding_bag's own graph: its gradient is the gradient of the values
+            leaf = values.detach().requires_grad_()
+            decoded = F.embedding_bag(column, W_dec.detach(), offsets, per_sample_weights=leaf, mode="sum")
+        window = (pre - threshold[column]).abs() < bandwidth / 2
+        ctx.save_for_backward(sae_in, row, column, values, active, window, W_enc, threshold)
+        ctx.leaf, ctx.decoded, ctx.shift, ctx.bandwidth = leaf, decoded, shift, bandwidth
+        ctx.mark_non_differentiable(row, column)
+        return decoded.detach() + b_dec, active.sum() / x.new_tensor(len(x)), values, row, column
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_l0, grad_values, _row, _column):
+        sae_in, row, column, values, active, window, W_enc, threshold = ctx.saved_tensors
+        (direct,) = torch.autograd.grad(ctx.decoded, ctx.leaf, grad_out)
+        direct = direct + grad_values
+        grad_pre, d_sae = direct * active, W_enc.shape[1]
+        times = _transposed(row, column, (len(sae_in), d_sae))
+        grad_b_enc = _by_latent(column, grad_pre, d_sae)
+        through = -(threshold[column] * direct + grad_l0 / len(sae_in)) * window / ctx.bandwidth
+        grad_b_dec = grad_out.sum(0)
+        if ctx.shift:
+            grad_b_dec = grad_b_dec - W_enc @ grad_b_enc
+        grads = times(grad_pre, sae_in).T, grad_b_enc, times(values, grad_out), grad_b_dec
+        return None, *grads, _by_latent(column, through, d_sae), None, None
+
+
+@dataclass
+class SparseJumpReLUTrainingSAEConfig(JumpReLUTrainingSAEConfig):
+    """SAELens' JumpReLU settings with ``target_l0`` and the defaults of SAEBench's recipe (Karvonen et al. 2025).
+
+    Give it inputs of root mean squared norm 1 (``Activations.batches(normalise="rms")``): bandwidth and threshold are in
+    their units.
+    """
+
+    target_l0: float | None = 80.0
+    jumprelu_init_threshold: float = 0.001
+    jumprelu_bandwidth: float = 0.001
+    decoder_init_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_l0 is None or not 0 < self.target_l0 < self.d_sae:
+            raise ValueError(f"target_l0={self.target_l0} must lie between 0 and d_sae={self.d_sae}")
+        if self.normalize_activations != "none":
+            raise ValueError(
+                "sparse_jumprelu takes normalised batches: normalize_activations='none' and see fold_scale"
+            )
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "sparse_jumprelu"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return JumpReLUSAEConfig
+
+
+class SparseJumpReLUTrainingSAE(JumpReLUTrainingSAE):
+    """JumpReLU SAE (Rajamanoharan et al. 2024, arXiv:2407.14435) with loss ‖x − x̂‖² + λ·(L0/target − 1)².
+
+    L0 is the batch's mean, as in ``dictionary_learning``; SAELens' quadratic mode takes it row by row, which also
+    punishes its spread. Both halves of the straight-through window around θ carry gradient, as in the paper;
+    ``dictionary_learning`` feeds its step the activations after the jump, which leaves the upper half only.
+    Saved as an ordinary ``jumprelu`` SAE.
+    """
+
+    def __init__(self, cfg: SparseJumpReLUTrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.W_enc.data = self.W_enc.data.T.contiguous().T  # column-major, as in sparse_topk
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """As in SAELens; sparse while few latents are active: then ``feature_acts`` is a sparse COO tensor."""
+        with torch.no_grad():
+            self.threshold.clamp_(min=0.0)
+            first, _ = self.encode_with_hidden_pre(step_input.sae_in[:64])
+        if float((first > 0).float().mean()) > DENSE_ABOVE:
+            return super().training_forward_pass(step_input)
+        x, cfg = step_input.sae_in.to(self.dtype), self.cfg
+        sae_out, l0, values, row, column = _SparseJumpReLU.apply(
+            x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold, cfg.jumprelu_bandwidth,
+            cfg.apply_b_dec_to_input,
+        )  # fmt: skip
+        acts = torch.sparse_coo_tensor(
+            torch.stack([row, column]), values.detach(), (len(x), cfg.d_sae), check_invariants=False
+        )
+        losses = {"mse_loss": (sae_out - x).pow(2).sum(-1).mean(), "l0_loss": self._l0_loss(l0, step_input)}
+        return TrainStepOutput(x, sae_out, acts, values, sum(losses.values()), losses)
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        """The L0 loss of the dense path."""
+        l0 = Step.apply(hidden_pre, self.threshold, self.bandwidth, False).sum(-1).mean()
+        return {"l0_loss": self._l0_loss(l0, step_input)}
+
+    def _l0_loss(self, l0: Tensor, step_input: TrainStepInput) -> Tensor:
+        return step_input.coefficients["l0"] * (l0 / self.cfg.target_l0 - 1).pow(2)
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors wants row-major
+
+
+for _name, _sae, _cfg in (
+    ("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),
+    ("sparse_jumprelu", SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig),
+):
+    if _name not in registry.SAE_TRAINING_CLASS_REGISTRY:
+        registry.register_sae_training_class(_name, _sae, _cfg)

@@ -1,13 +1,12 @@
 """``train(sae, batches, …)``: SAELens' trainer plus what it lacks, with a pandas history."""
 
-import json
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -17,32 +16,98 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils import archives, initializers
+from saeutils import checkpoints, initializers
 from saeutils.metrics import fvu, orthogonality
 from saeutils.resampling import RESAMPLERS, reset_adam
 from saeutils.saes import aux_k_loss
 
 DEAD = ("none", "post", "anthropic", "aux_k")
 RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions
+WINDOW = 8  # batches among which ``orders`` shuffles rows
 CHUNK = 512  # decoder rows handled at a time, so that gradient and weights meet in the processor's cache
 
 
-class _Trainer(SAETrainer):
-    """SAELens' trainer with a fused optimiser, sparse bookkeeping, and decoder rows kept at unit norm."""
+@dataclass(frozen=True)
+class _Options:
+    """What :func:`train` was asked for, as its arguments name it."""
 
-    def __init__(
-        self, cfg: SAETrainerConfig, sae: TrainingSAE, batches: Iterator[Tensor], unit_norm: bool, aux_k: float
-    ):
-        super().__init__(cfg, sae, batches)
-        self.unit_norm, self.aux_k = unit_norm, aux_k
+    steps: int = 1
+    unit_norm: bool = True
+    dead: str = "none"
+    dead_every: int = 500
+    dead_until: float = 0.8
+    dead_threshold: float = 1e-5
+    aux_k: float = 1 / 32
+    log_every: int = 10
+    checkpoint_every: int = 500
+    callback: Callable[[int, TrainingSAE, dict], None] | None = None
+    seed: int = 0
+
+
+class _Trainer(SAETrainer):
+    """SAELens' trainer with a fused optimiser, sparse bookkeeping, a history, and decoder rows kept at unit norm."""
+
+    def __init__(self, name: str, cfg: SAETrainerConfig, sae: TrainingSAE, options: _Options, folder: Path | None):
+        super().__init__(cfg, sae, iter(()))  # batches are handed to advance() one by one
+        self.name, self.options, self.folder = name, options, folder
+        self.aux_k = options.aux_k if options.dead == "aux_k" or isinstance(sae, TopKTrainingSAE) else 0.0
         self.clip = torch.ones((), device=cfg.device)  # the fused kernel divides gradients by it as it reads them
-        for group in self.optimizer.param_groups:
-            group["fused"], group["foreach"] = True, False
         self.optimizer.grad_scale, self.optimizer.found_inf = self.clip, torch.zeros((), device=cfg.device)
-        self.fired = torch.zeros(
-            sae.cfg.d_sae, device=cfg.device
-        )  # rows on which each latent fired since the last check
+        checkpoints.fuse(self.optimizer)
+        self.fired = torch.zeros(sae.cfg.d_sae, device=cfg.device)  # rows each latent fired on since the last check
+        self.seen = self.resampled = 0
+        self.rows: list[dict] = []
+        self.recent: deque[Tensor] = deque(maxlen=-(-RESAMPLE_FROM // cfg.train_batch_size_samples))
+        self.generator = torch.Generator().manual_seed(options.seed)
+        warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
+        self.settings = {  # a checkpoint goes on only with the same
+            "steps": options.steps, "batch": cfg.train_batch_size_samples, "lr": cfg.lr, "warm_up": warm_up,
+            "decay": decay, "dead": options.dead, "seed": options.seed,
+        }  # fmt: skip
+
+    def advance(self, batch: Tensor) -> None:
+        """One step, and whatever is due after it: resampling, a row of history, a checkpoint."""
+        o = self.options
+        if o.dead in RESAMPLERS:
+            self.recent.append(batch)
+        output = self.step(batch)
+        self.n_training_steps = done = self.n_training_steps + 1
+        if o.dead in RESAMPLERS and done % o.dead_every == 0 and done <= o.dead_until * o.steps:
+            self._resample()
+        if done % o.log_every == 0 or done in (1, o.steps):
+            self.rows.append(self._row(output))
+            if o.callback:
+                o.callback(done, self.sae, self.rows[-1])
+        if self.folder and (done % o.checkpoint_every == 0 or done == o.steps):
+            checkpoints.save(self.folder, self)
+
+    def _resample(self) -> None:
+        silent = (self.fired / self.seen < self.options.dead_threshold).nonzero()[:, 0]
+        recent = torch.cat(list(self.recent)).to(self.sae.device)
+        redrawn = RESAMPLERS[self.options.dead](self.sae, silent, recent, self.generator)
+        if self.options.dead == "anthropic":
+            reset_adam(self.optimizer, self.sae, redrawn)
+        self.resampled += len(redrawn)
+        self.fired.zero_()
         self.seen = 0
+
+    @torch.no_grad()
+    def _row(self, output: TrainStepOutput) -> dict:
+        x, acts = output.sae_in, output.feature_acts
+        active = (acts._values() > 0).sum() if acts.is_sparse else (acts != 0).sum()
+        return {
+            **({"sae": self.name} if self.name else {}),
+            "step": self.n_training_steps,
+            "samples": self.n_training_samples,
+            "loss": float(output.loss.detach()),
+            **{name: float(value) for name, value in output.losses.items()},
+            "fvu": fvu(x, output.sae_out),
+            "l0": float(active) / len(x),
+            "dead": float(self.dead_neurons.float().mean()),
+            "orthogonality": orthogonality(self.sae.W_dec, rows=512)["mean"],
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "resampled": self.resampled,
+        }
 
     def _train_step(self, sae: TrainingSAE, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
@@ -64,13 +129,13 @@ class _Trainer(SAETrainer):
             )
         self._count(output.feature_acts)
         output.loss.backward()
-        if self.unit_norm:
+        if self.options.unit_norm:
             remove_parallel_gradient(sae.W_dec)
         norm = torch.stack([p.grad.norm() for p in sae.parameters() if p.grad is not None]).norm()
         self.clip.copy_(norm.clamp_min(1.0))  # gradient norm clipped at 1, as SAELens does
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.unit_norm:
+        if self.options.unit_norm:
             normalise_rows(sae.W_dec)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
@@ -116,7 +181,7 @@ def normalise_rows(W_dec: Tensor) -> None:
 
 
 def train(
-    sae: TrainingSAE,
+    sae: TrainingSAE | dict[str, TrainingSAE],
     batches: Iterable[Tensor] | Callable[..., Iterator[Tensor]],
     steps: int,
     *,
@@ -138,10 +203,14 @@ def train(
     callback: Callable[[int, TrainingSAE, dict], None] | None = None,
     progress: bool = True,
     seed: int = 0,
+    orders: dict[str, int] | None = None,
 ) -> pd.DataFrame:
-    """Train any SAELens training SAE in place; the history has one row for each ``log_every`` steps, the first and the last.
+    """Train a SAELens training SAE, or several by name on one stream, in place.
 
-    Columns: step, samples, loss and every loss term, fvu, l0 (of that batch), dead (share of latents silent for
+    The history has one row for each ``log_every`` steps, the first and the last. Of several SAEs each takes its step on a
+    batch before any takes the next, so the stream (and the LM behind it) is read once for all.
+
+    Columns: (sae, its name, where there are several,) step, samples, loss and every loss term, fvu, l0 (of that batch), dead (share of latents silent for
     ``dead_window`` steps), orthogonality (mean |cos| of decoder rows, from 512 rows), lr, resampled (latents so far).
 
     Args:
@@ -154,147 +223,78 @@ def train(
             every ``dead_every`` steps up to the share ``dead_until`` of the run, for latents that fired on fewer than
             ``dead_threshold`` of the rows since; ``aux_k`` (auxiliary loss, weight ``aux_k``). TopK classes
             always have their own; ``aux_loss_coefficient=0`` in their config turns it off.
-        checkpoint: folder for checkpoints; a run that finds one goes on from it, on a CPU bit for bit.
+        checkpoint: folder for checkpoints (and in it one for each of several SAEs); a run that finds one goes on, on a CPU bit for bit.
         callback: called with (step, sae, history row) at every logged step.
+        orders: seed by name: that SAE sees the rows of every WINDOW batches in an order of its own.
 
     Raises:
         ValueError: unknown ``dead``, k or width out of range, wrong batch width, NaN or inf, batches that end early.
     """
     if dead not in DEAD:
         raise ValueError(f"unknown dead={dead!r}: one of {DEAD}")
-    warm_up = steps // 20 if warm_up is None else warm_up
-    decay = steps // 5 if decay is None else decay
-    folder = Path(checkpoint) if checkpoint else None
-    found = _newest_checkpoint(folder) if folder else None
-    start = int(found.name.split("-")[1]) if found else 0
-    stream = iter(batches(start=start)) if callable(batches) else islice(iter(batches), start, None)
-    first = _checked(stream, sae)
-    cfg = SAETrainerConfig(
-        total_training_samples=steps * len(first), train_batch_size_samples=len(first), lr=lr, lr_end=lr,
-        lr_warm_up_steps=warm_up, lr_decay_steps=decay, adam_beta1=betas[0], adam_beta2=betas[1],
-        device=str(sae.device), dead_feature_window=dead_window,
-    )  # fmt: skip
-    held = [first]
+    saes = sae if isinstance(sae, dict) else {"": sae}
+    folders = {name: Path(checkpoint) / name for name in saes} if checkpoint else {}
+    found = checkpoints.newest_of_all(folders)
+    start = checkpoints.step_of(next(iter(found.values()))) if found else 0
+    skipped = start % WINDOW if orders else 0  # an order of its own is drawn for whole windows
+    at = start - skipped
+    stream = iter(batches(start=at)) if callable(batches) else islice(iter(batches), at, None)
+    held = [_checked(stream, saes)]
     if not found and median_rows:
         while sum(map(len, held)) < median_rows and (batch := next(stream, None)) is not None:
             held.append(batch)
-        initializers.decoder_bias_at_median(sae, torch.cat(held)[:median_rows].to(sae.device))
-    if not found and unit_norm:
-        normalise_rows(sae.W_dec)
-    use_aux = dead == "aux_k" or isinstance(sae, TopKTrainingSAE)
-    trainer = _Trainer(cfg, sae, stream, unit_norm, aux_k if use_aux else 0.0)
-    generator = torch.Generator().manual_seed(seed)
-    rows: list[dict] = []
-    recent: deque[Tensor] = deque(maxlen=-(-RESAMPLE_FROM // len(first)))
-    settings = {
-        "steps": steps,
-        "batch": len(first),
-        "lr": lr,
-        "warm_up": warm_up,
-        "decay": decay,
-        "dead": dead,
-        "seed": seed,
-    }
-    resampled = _restore(found, trainer, generator, rows, recent, settings) if found else 0
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc="training", disable=not progress):
-        batch = held.pop(0) if held else next(stream, None)
-        if batch is None:
-            raise ValueError(f"batches ended after {step} of {steps} steps: give an endless iterator or fewer steps")
-        recent.append(batch)
-        output = trainer.step(batch)
-        trainer.n_training_steps = done = step + 1
-        if dead in RESAMPLERS and done % dead_every == 0 and done <= dead_until * steps:
-            silent = (trainer.fired / trainer.seen < dead_threshold).nonzero()[:, 0]
-            redrawn = RESAMPLERS[dead](sae, silent, torch.cat(list(recent)).to(sae.device), generator)
-            if dead == "anthropic":
-                reset_adam(trainer.optimizer, sae, redrawn)
-            resampled += len(redrawn)
-            trainer.fired.zero_()
-            trainer.seen = 0
-        if done % log_every == 0 or done in (1, steps):
-            rows.append(_row(trainer, output, resampled))
-            if callback:
-                callback(done, sae, rows[-1])
-        if folder and (done % checkpoint_every == 0 or done == steps):
-            _save(folder, trainer, generator, rows, recent, {**settings, "resampled": resampled})
-    trainer.set_final_sae_metadata()
-    return pd.DataFrame(rows)
+        median = initializers.geometric_median(torch.cat(held)[:median_rows])
+    device = next(iter(saes.values())).device
+    cfg = SAETrainerConfig(
+        total_training_samples=steps * len(held[0]), train_batch_size_samples=len(held[0]), lr=lr, lr_end=lr,
+        lr_warm_up_steps=steps // 20 if warm_up is None else warm_up, lr_decay_steps=steps // 5 if decay is None else decay,
+        adam_beta1=betas[0], adam_beta2=betas[1], device=str(device), dead_feature_window=dead_window,
+    )  # fmt: skip
+    options = _Options(
+        steps, unit_norm, dead, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every, callback, seed
+    )  # fmt: skip
+    trainers: list[_Trainer] = []
+    for name, one in saes.items():
+        if not found and median_rows:
+            one.b_dec.data.copy_(median)
+        if not found and unit_norm:
+            normalise_rows(one.W_dec)
+        trainers.append(trainer := _Trainer(name, cfg, one, options, folders.get(name)))
+        if found:
+            checkpoints.restore(found[name], trainer)
+    stream, size, held = chain(held, stream), WINDOW if orders else 1, None
+    bar = tqdm(initial=start, total=steps, desc="training", disable=not progress)
+    for step in range(at, steps, size):
+        if len(window := list(islice(stream, size))) < min(size, steps - step):
+            ended = f"batches ended after {step + len(window)} of {steps} steps"
+            raise ValueError(f"{ended}: give an endless iterator or fewer steps")
+        seen = [_reordered(window, orders[t.name], step // size) if orders else window for t in trainers]
+        for i in range(max(start - step, 0), min(size, steps - step)):
+            for trainer, batches_of_its_own in zip(trainers, seen):
+                trainer.advance(batches_of_its_own[i])
+            bar.update()
+    bar.close()
+    for trainer in trainers:
+        trainer.set_final_sae_metadata()
+    return pd.DataFrame([row for trainer in trainers for row in trainer.rows])
 
 
-def _checked(stream: Iterator[Tensor], sae: TrainingSAE) -> Tensor:
+def _reordered(window: list[Tensor], seed: int, n: int) -> tuple[Tensor, ...]:
+    """The rows of the ``n``-th window of batches, shuffled among them."""
+    rows = torch.cat(window)
+    order = np.random.default_rng([seed, n]).permutation(len(rows))
+    return rows[torch.from_numpy(order)].split(len(window[0]))
+
+
+def _checked(stream: Iterator[Tensor], saes: dict[str, TrainingSAE]) -> Tensor:
     first = next(stream, None)
     if first is None:
         raise ValueError("batches is empty")
-    if first.ndim != 2 or first.shape[1] != sae.cfg.d_in:
-        raise ValueError(f"batches are {tuple(first.shape)}, the SAE expects [batch, {sae.cfg.d_in}]: same hook point?")
+    for sae in saes.values():
+        if first.ndim != 2 or first.shape[1] != sae.cfg.d_in:
+            raise ValueError(
+                f"batches are {tuple(first.shape)}, the SAE expects [batch, {sae.cfg.d_in}]: same hook point?"
+            )
     if not torch.isfinite(first).all():
         raise ValueError("the first batch has NaN or inf: collect the activations in float32 or bfloat16")
     return first
-
-
-@torch.no_grad()
-def _row(trainer: _Trainer, output: TrainStepOutput, resampled: int) -> dict:
-    x, acts = output.sae_in, output.feature_acts
-    active = (acts._values() > 0).sum() if acts.is_sparse else (acts != 0).sum()
-    return {
-        "step": trainer.n_training_steps,
-        "samples": trainer.n_training_samples,
-        "loss": float(output.loss.detach()),
-        **{name: float(value) for name, value in output.losses.items()},
-        "fvu": fvu(x, output.sae_out),
-        "l0": float(active) / len(x),
-        "dead": float(trainer.dead_neurons.float().mean()),
-        "orthogonality": orthogonality(trainer.sae.W_dec, rows=512)["mean"],
-        "lr": trainer.optimizer.param_groups[0]["lr"],
-        "resampled": resampled,
-    }
-
-
-def _save(
-    folder: Path, trainer: _Trainer, generator: torch.Generator, rows: list[dict], recent: deque, settings: dict
-) -> None:
-    """Write ``step-N`` under a temporary name, hash it, rename it; keep the newest two."""
-    tmp = folder / ".saving"
-    shutil.rmtree(tmp, ignore_errors=True)
-    trainer.sae.save_model(tmp)
-    trainer.save_trainer_state(tmp)
-    extra = {"generator": generator.get_state(), "fired": trainer.fired, "seen": trainer.seen, **settings}
-    if settings["dead"] == "anthropic":
-        extra["recent"] = list(recent)
-    torch.save(extra, tmp / "extra.pt")
-    (tmp / "history.json").write_text(json.dumps(rows))
-    hashes = {f.name: archives.sha256_of(f) for f in sorted(tmp.iterdir())}
-    (tmp / "sha256.json").write_text(json.dumps(hashes))
-    shutil.rmtree(final := folder / f"step-{trainer.n_training_steps:08d}", ignore_errors=True)
-    os.replace(tmp, final)
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        recorded = path / "sha256.json"
-        hashes = json.loads(recorded.read_text()) if recorded.exists() else {}
-        if hashes and all((path / f).exists() and archives.sha256_of(path / f) == h for f, h in hashes.items()):
-            return path
-        print(f"{path} is damaged: taking the one before it")
-    return None
-
-
-def _restore(
-    path: Path, trainer: _Trainer, generator: torch.Generator, rows: list[dict], recent: deque, settings: dict
-) -> int:
-    saved = json.loads((path / "cfg.json").read_text())
-    extra = torch.load(path / "extra.pt", weights_only=True)
-    changed = [k for k in ("d_in", "d_sae", "k") if saved.get(k) != getattr(trainer.sae.cfg, k, None)]
-    if changed := changed + [k for k, v in settings.items() if extra[k] != v]:
-        raise ValueError(f"{path} was trained with another {', '.join(changed)}: give another checkpoint folder")
-    trainer.sae.load_weights_from_checkpoint(path)
-    trainer.load_trainer_state(path)
-    for group in trainer.optimizer.param_groups:
-        group["fused"], group["foreach"] = True, False
-    recent.extend(extra.get("recent", []))
-    generator.set_state(extra["generator"])
-    trainer.fired, trainer.seen = extra["fired"], extra["seen"]
-    rows.extend(json.loads((path / "history.json").read_text()))
-    return extra["resampled"]

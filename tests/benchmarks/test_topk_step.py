@@ -7,7 +7,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
-from saeutils.training import _Trainer
+from saeutils.training import _Options, _Trainer
 
 D, N, K, B = 576, 9216, 32, 4096
 TIMES: dict[str, float] = {}
@@ -24,7 +24,7 @@ def _step(kind: str):
         trainer = SAETrainer(cfg, TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=N, k=K)), iter([]))
     else:
         sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=D, d_sae=N, k=K))
-        trainer = _Trainer(cfg, sae, iter([]), unit_norm=True, aux_k=1 / 32)
+        trainer = _Trainer("", cfg, sae, _Options(), None)
     return lambda: trainer.step(x)
 
 
