@@ -1,10 +1,14 @@
 """Starting points for the weights of any SAELens SAE."""
 
+from collections.abc import Callable
+
 import torch
 from sae_lens.saes.sae import SAE
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+
+from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
 
 
 @torch.no_grad()
@@ -172,6 +176,24 @@ def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
     if norm:
         for parameter in (sae.W_enc, sae.b_enc, sae.threshold):
             parameter *= max(dot / norm, 1e-3)
+
+
+def start_jumprelu(
+    d_sae: int, l0: float, x: Tensor, decoder: Callable[[SAE], None], **settings
+) -> SparseJumpReLUTrainingSAE:
+    """A JumpReLU SAE ready to train at its target L0 on rows like ``x`` [n, d_in] (root mean squared norm 1).
+
+    ``b_dec`` at the geometric median, directions by ``decoder(sae)`` (one of this module's functions with its other
+    arguments filled in), then :func:`calibrate`. ``settings`` go to :class:`SparseJumpReLUTrainingSAEConfig`.
+    """
+    cfg = SparseJumpReLUTrainingSAEConfig(
+        d_in=x.shape[1], d_sae=d_sae, target_l0=l0, device=str(x.device), apply_b_dec_to_input=True, **settings
+    )
+    sae = SparseJumpReLUTrainingSAE(cfg)
+    decoder_bias_at_median(sae, x)
+    decoder(sae)
+    calibrate(sae, x, l0)
+    return sae
 
 
 @torch.no_grad()

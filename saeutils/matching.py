@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from itertools import combinations
 
+import lap
 import numpy as np
 import pandas as pd
 import torch
 from sae_lens.saes.sae import SAE
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
-CANDIDATES = 24  # columns of each row in the first sparse problem; what is missing is added by need
+CANDIDATES = 48  # columns of each row in the first sparse problem; what is missing is added by need
 DENSE_BELOW = 1024  # rows under which scipy's dense solver is quick enough
 ROUNDS = 30
 MARGIN = 1e-3  # the first round also takes pairs this close to their bound: later rounds shift prices
@@ -26,7 +25,8 @@ def match(A: Tensor, B: Tensor, *, dense_below: int = DENSE_BELOW) -> tuple[Tens
     Solves the assignment on each row's nearest columns only, then proves or repairs it: from the sparse optimum come dual
     prices u, v, and every pair of the dense matrix with cos > u + v joins the candidates until there is none. At that
     point the dual bound equals the total, so no assignment of the dense problem is better (linear-programming duality).
-    Memory: the cosine matrix in float32, 4·n·m bytes, and a fraction of it.
+    Small and rectangular problems go to scipy's dense solver. Memory: the cosine matrix in float32, 4·n·m bytes, and a
+    fraction of it.
 
     Returns:
         partner: [n] row of ``B`` for each row of ``A``, −1 for the rows left over where n > m.
@@ -41,7 +41,7 @@ def match(A: Tensor, B: Tensor, *, dense_below: int = DENSE_BELOW) -> tuple[Tens
     if flipped := len(A) > len(B):
         A, B = B, A
     cosines = (A @ B.T).cpu().numpy()  # [n, m], n ≤ m
-    column = None if len(A) < dense_below else _sparse_assignment(cosines)
+    column = None if len(A) < max(dense_below, len(B)) else _sparse_assignment(cosines)
     if column is None:
         column = linear_sum_assignment(cosines, maximize=True)[1]
     best = torch.from_numpy(cosines[np.arange(len(column)), column])
@@ -64,24 +64,26 @@ def _unit(W: Tensor, name: str) -> Tensor:
 
 def _sparse_assignment(cosines: np.ndarray) -> np.ndarray | None:
     """Column of every row in an optimal assignment of the dense problem, or None if it was not proven in ROUNDS."""
-    n, m = cosines.shape
+    n = len(cosines)
     dense = torch.from_numpy(cosines)
-    near = dense.topk(min(CANDIDATES, m), dim=1, sorted=False).indices.numpy()  # [n, K]
-    keys = [
-        (np.arange(n)[:, None] * m + near).ravel(),
-        np.arange(n) * (m + 1),  # (i, i): a full assignment is possible
-    ]
-    known = np.unique(np.concatenate(keys))
+    v = dense.amax(0)  # first guess of the prices: a column near to many rows is dear
+    near = torch.cat(
+        [(c - v).topk(min(CANDIDATES, n), dim=1, sorted=False).indices for c in dense.split(BLOCK)]
+    ).numpy()
+    known = np.union1d(
+        (np.arange(n)[:, None] * n + near).ravel(), np.arange(n) * (n + 1)
+    )  # (i, i): some full assignment
+    v = v.numpy().astype(np.float64)
     for round in range(ROUNDS):
-        row, column = np.divmod(known, m)
+        row, column = np.divmod(known, n)
         value = cosines[row, column].astype(np.float64)
-        chosen = min_weight_full_bipartite_matching(
-            csr_matrix((value - 2.0, (row, column)), shape=(n, m)), maximize=True
-        )[1]
+        first = np.searchsorted(row, np.arange(n + 1))
+        # relative to the last prices all costs are ≥ 0 and 0 where those were right: the solver mends the rest
+        reduced = value - v[column]
+        cost = np.maximum.reduceat(reduced, first[:-1])[row] - reduced
+        chosen = lap.lapmod(n, cost, first.astype(np.int32), column.astype(np.int32), return_cost=False)[0]
         u, v = _prices(row, column, value, chosen, cosines)
-        if (new := _violations(dense, u, v, MARGIN if round == 0 else 0.0)) is None:
-            return None
-        if not len(new):
+        if not len(new := _violations(dense, u, v, MARGIN if round == 0 else 0.0)):
             return chosen
         known = np.union1d(known, new)
     return None
@@ -108,16 +110,14 @@ def _prices(
     return own - v[chosen], v
 
 
-def _violations(dense: Tensor, u: np.ndarray, v: np.ndarray, margin: float, most: int = 64) -> np.ndarray | None:
-    """Keys i·m + j of pairs above their dual bound less ``margin``, the worst of a row; None if ties make too many."""
+def _violations(dense: Tensor, u: np.ndarray, v: np.ndarray, margin: float, most: int = 32) -> np.ndarray:
+    """Keys i·m + j of pairs above their dual bound less ``margin``, the ``most`` worst of a row."""
     found, m = [], dense.shape[1]
     v32 = torch.from_numpy(v).float()
     for at in range(0, len(dense), BLOCK):
         bound = torch.from_numpy(u[at : at + BLOCK])
         over = dense[at : at + BLOCK] - v32  # [block, m], in float32: only a first, generous look
         i, j = (over > (bound.float() - margin - 1e-6)[:, None]).nonzero(as_tuple=True)
-        if len(i) > 64 * most * BLOCK:
-            return None
         excess = dense[at + i, j].double() - torch.from_numpy(v)[j] - bound[i]
         real = excess > TIGHT - margin
         i, j, excess = i[real], j[real], excess[real]

@@ -259,7 +259,7 @@ class SparseJumpReLUTrainingSAE(JumpReLUTrainingSAE):
         """As in SAELens; sparse while few latents are active: then ``feature_acts`` is a sparse COO tensor."""
         with torch.no_grad():
             self.threshold.clamp_(min=0.0)
-            first, _ = self.encode_with_hidden_pre(step_input.sae_in[:64])
+            first, _ = self.encode_with_hidden_pre(step_input.sae_in[:16])
         if float((first > 0).float().mean()) > DENSE_ABOVE:
             return super().training_forward_pass(step_input)
         x, cfg = step_input.sae_in.to(self.dtype), self.cfg

@@ -221,6 +221,43 @@ def continuation_loss(
     return losses.view(len(prompts), -1)
 
 
+def windows(lm: TransformerBridge, texts: Sequence[str], context: int = 128) -> list[list[int]]:
+    """The first ``context`` tokens of each text, BOS included, the shortest first.
+
+    Raises:
+        ValueError: no text of at least two tokens.
+    """
+    bos = [lm.tokenizer.bos_token_id] if lm.tokenizer.bos_token_id is not None else []
+    encoded = lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = sorted((r for e in encoded if len(r := bos + e[: context - len(bos)]) > 2), key=len)
+    if not rows:
+        raise ValueError("no text of at least two tokens to measure the loss on")
+    return rows
+
+
+@torch.no_grad()
+def mean_loss(
+    lm: TransformerBridge, rows: Sequence[Sequence[int]], edits: Sequence[Edit] = (), batch_size: int = 8,
+    each: Callable[[Tensor], None] = lambda real: None,
+) -> float:  # fmt: skip
+    """Cross-entropy of the next token, nats, averaged over all tokens of ``rows`` (see :func:`windows`), under ``edits``.
+
+    ``each`` is told, before a batch runs, which positions predict a token: [batch, position − 1].
+    """
+    nll, count = 0.0, 0
+    for at in range(0, len(rows), batch_size):
+        part = [torch.tensor(r) for r in rows[at : at + batch_size]]
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(lm.cfg.device)
+        target = torch.nn.utils.rnn.pad_sequence([p[1:] for p in part], batch_first=True, padding_value=-100)
+        target = target.to(ids.device)
+        each(target != -100)
+        with edited(lm, edits):
+            logits = lm(ids)[:, :-1].float()
+        nll += float(F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"))
+        count += int((target != -100).sum())
+    return nll / count
+
+
 @torch.no_grad()
 def loss_recovered(
     lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int = 128, batch_size: int = 8
@@ -233,42 +270,20 @@ def loss_recovered(
     Returns:
         clean, sae, zero, mean (losses), recovered, recovered_mean.
     """
-    bos = [lm.tokenizer.bos_token_id] if lm.tokenizer.bos_token_id is not None else []
-    rows = [
-        bos + r[: context - len(bos)]
-        for r in lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    ]
-    rows = sorted((r for r in rows if len(r) > 2), key=len)
-    if not rows:
-        raise ValueError("no text of at least two tokens to measure the loss on")
-    total, state = [0.0, 0], {}
+    rows, total, state = windows(lm, texts, context), [0.0, 0], {}
 
     def remember(x, hook=None):
         flat = x[:, 1:][state["real"]].float()
         fine = flat[flat.norm(dim=1) <= SINK * flat.norm(dim=1).median()]
         total[0], total[1] = total[0] + fine.sum(0), total[1] + len(fine)
 
-    def loss(edits: list[Edit]) -> float:
-        nll, count = 0.0, 0
-        for at in range(0, len(rows), batch_size):
-            part = [torch.tensor(r) for r in rows[at : at + batch_size]]
-            ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(lm.cfg.device)
-            target = torch.nn.utils.rnn.pad_sequence([p[1:] for p in part], batch_first=True, padding_value=-100)
-            state["real"] = (target != -100).to(ids.device)  # not padding
-            with edited(lm, edits):
-                logits = lm(ids)[:, :-1].float()
-            nll += float(
-                F.cross_entropy(
-                    logits.flatten(0, 1), target.to(ids.device).flatten(), ignore_index=-100, reduction="sum"
-                )
-            )
-            count += int((target != -100).sum())
-        return nll / count
+    def loss(edit: Edit) -> float:
+        return mean_loss(lm, rows, [edit], batch_size, lambda real: state.update(real=real))
 
-    clean = loss([(hook, remember)])
+    clean = loss((hook, remember))
     mean = total[0] / total[1]
-    spliced, zero = loss([splice(hook, sae)]), loss([_edit(hook, sae.cfg.d_in, lambda x: -x, AFTER_BOS)])
-    averaged = loss([_edit(hook, sae.cfg.d_in, lambda x: mean - x, AFTER_BOS)])
+    spliced, zero = loss(splice(hook, sae)), loss(_edit(hook, sae.cfg.d_in, lambda x: -x, AFTER_BOS))
+    averaged = loss(_edit(hook, sae.cfg.d_in, lambda x: mean - x, AFTER_BOS))
     return {
         "clean": clean, "sae": spliced, "zero": zero, "mean": averaged,
         "recovered": (zero - spliced) / (zero - clean), "recovered_mean": (averaged - spliced) / (averaged - clean),
