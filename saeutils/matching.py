@@ -11,7 +11,7 @@ from sae_lens.saes.sae import SAE
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-CANDIDATES = 48  # columns of each row in the first sparse problem; what is missing is added by need
+CANDIDATES = 24  # columns of each row in the first sparse problem; what is missing is added by need
 DENSE_BELOW = 1024  # rows under which scipy's dense solver is quick enough
 ROUNDS = 30
 MARGIN = 1e-3  # the first round also takes pairs this close to their bound: later rounds shift prices
@@ -66,14 +66,9 @@ def _sparse_assignment(cosines: np.ndarray) -> np.ndarray | None:
     """Column of every row in an optimal assignment of the dense problem, or None if it was not proven in ROUNDS."""
     n = len(cosines)
     dense = torch.from_numpy(cosines)
-    v = dense.amax(0)  # first guess of the prices: a column near to many rows is dear
-    near = torch.cat(
-        [(c - v).topk(min(CANDIDATES, n), dim=1, sorted=False).indices for c in dense.split(BLOCK)]
-    ).numpy()
-    known = np.union1d(
-        (np.arange(n)[:, None] * n + near).ravel(), np.arange(n) * (n + 1)
-    )  # (i, i): some full assignment
-    v = v.numpy().astype(np.float64)
+    near = dense.topk(min(CANDIDATES, n), dim=1, sorted=False).indices.numpy()  # [n, K]
+    some = np.arange(n) * (n + 1)  # (i, i): a full assignment is possible
+    known, v = np.union1d((np.arange(n)[:, None] * n + near).ravel(), some), np.zeros(n)
     for round in range(ROUNDS):
         row, column = np.divmod(known, n)
         value = cosines[row, column].astype(np.float64)
@@ -110,7 +105,7 @@ def _prices(
     return own - v[chosen], v
 
 
-def _violations(dense: Tensor, u: np.ndarray, v: np.ndarray, margin: float, most: int = 32) -> np.ndarray:
+def _violations(dense: Tensor, u: np.ndarray, v: np.ndarray, margin: float, most: int = 16) -> np.ndarray:
     """Keys i·m + j of pairs above their dual bound less ``margin``, the ``most`` worst of a row."""
     found, m = [], dense.shape[1]
     v32 = torch.from_numpy(v).float()
