@@ -17,7 +17,7 @@ from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingS
 from torch import Tensor
 
 ROWS = 256  # rows encoded at a time: their pre-activations stay in the processor's cache
-DENSE_ABOVE = 1 / 16  # share of active latents above which dense products are quicker than sparse ones
+DENSE_ABOVE = 1 / 8  # share of active latents above which dense products are quicker than sparse ones
 
 
 def _transposed(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Callable[[Tensor, Tensor], Tensor]:

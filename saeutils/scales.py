@@ -33,6 +33,11 @@ def rehearsal(scale: str) -> bool:
     return scale == "smoke" or bool(caps())
 
 
+def _capped(value, bound: int):
+    """At most ``bound``; of a list its first ones, at least two, so that pairs and series remain."""
+    return value[: max(bound, 2)] if isinstance(value, list) else min(value, bound)
+
+
 def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.DataFrame]:
     """The settings of the scale that runs, and the table of all scales to show (settings × scales).
 
@@ -42,5 +47,5 @@ def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.Data
     for s in SCALES:
         last = filled[s] = {**last, **table.get(s, {})}
     shown = pd.DataFrame(filled).rename(columns={name: f"{name} ← runs"})
-    settings = {k: min(v, caps()[k]) if k in caps() else v for k, v in filled[name].items()}
+    settings = {k: _capped(v, caps()[k]) if k in caps() else v for k, v in filled[name].items()}
     return SimpleNamespace(scale=name, **settings), shown

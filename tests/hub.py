@@ -73,9 +73,9 @@ def _gemma2(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     shape = dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     end = tokenizer.bos_token_id
     ids = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), intermediate_size=16, **shape, **ids)).save_pretrained(
-        folder
-    )
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), intermediate_size=200, **shape, **ids)).to(
+        torch.bfloat16
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -86,6 +86,17 @@ def _gemma_scope(folder: Path, d_in: int = 2304, d_sae: int = 16_384) -> None:
     rows = np.tile(tile / np.linalg.norm(tile, axis=1, keepdims=True), (d_sae // 64, 1))
     zeros = {"b_enc": np.zeros(d_sae, np.float16), "b_dec": np.zeros(d_in, np.float16)}
     np.savez_compressed(folder / "params.npz", W_enc=rows.T, W_dec=rows, threshold=np.ones(d_sae, np.float16), **zeros)
+
+
+def _gemma_scope_2(folder: Path, d_in: int = 640, d_sae: int = 16_384) -> None:
+    """The layout of google/gemma-scope-2-270m-pt: config.json beside params.safetensors."""
+    folder.mkdir(parents=True)
+    cfg = {"architecture": "jump_relu", "model_name": "gemma-v3-270m", "l0": 60, "width": d_sae}
+    (folder / "config.json").write_text(json.dumps(cfg))
+    rows = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1).half()
+    zeros = {"b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(d_in)}
+    weights = {"w_enc": rows.T.contiguous(), "w_dec": rows, "threshold": torch.full((d_sae,), 500.0), **zeros}
+    save_file(weights, folder / "params.safetensors")
 
 
 def _saebench_topk(folder: Path, d_in: int = 2304, d_sae: int = 4096) -> None:
@@ -115,12 +126,14 @@ def build(folder: Path) -> None:
     _openai_sae(models / "jbloom" / "GPT2-Small-OAI-v5-128k-resid-post-SAEs" / "v5_128k_layer_8")
     _gemma2(models / "google" / "gemma-2-2b", tokenizer)
     _gemma_scope(models / "google" / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82")
+    _gemma_scope_2(models / "google" / "gemma-scope-2-270m-pt" / "resid_post" / "layer_12_width_16k_l0_medium")
     bench = models / "canrager" / "saebench_gemma-2-2b_width-2pow12_date-1109"
     _saebench_topk(bench / "gemma-2-2b_topk_width-2pow12_date-1109" / "resid_post_layer_12" / "trainer_0")
     (models / "meta-llama" / "Llama-3.2-1B").mkdir(parents=True)
     (models / "meta-llama" / "Llama-3.2-1B" / ".gated").touch()
     for name, frame in {
         "Skylion007/openwebtext": pd.DataFrame({"text": english}),
+        "monology/pile-uncopyrighted": pd.DataFrame({"text": english}),
         "MarkrAI/KoCommercial-Dataset": pd.DataFrame({"instruction": korean, "input": "", "output": korean}),
     }.items():
         (data / name / "data").mkdir(parents=True)

@@ -24,8 +24,8 @@ def _relu(rows, d_sae=256, l1=1.0):
     return StandardTrainingSAE(StandardTrainingSAEConfig(d_in=rows.shape[1], d_sae=d_sae, l1_coefficient=l1))
 
 
-def _topk(d_in=640, d_sae=512, k=8):
-    torch.manual_seed(0)
+def _topk(d_in=640, d_sae=512, k=8, seed=0):
+    torch.manual_seed(seed)
     return SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k))
 
 
@@ -184,3 +184,35 @@ def test_auroc_equals_scikit_learn():
     assert np.allclose(metrics.auroc(scores, labels), expected)
     with pytest.raises(ValueError, match="both classes"):
         metrics.auroc(scores, np.ones(200))
+
+
+def test_several_saes_on_one_stream(tmp_path, rows):
+    """In lock-step each SAE ends where it would have ended alone, and a killed run goes on where all had got to."""
+
+    def batches(start=0):
+        return iter([rows[i * 128 : (i + 1) * 128] for i in range(start, 24)])
+
+    def fresh():
+        return {"a": _topk(seed=1), "b": _topk(seed=2)}
+
+    together, orders = fresh(), {"a": 5, "b": 6}
+    history = train(together, batches, 20, orders=orders, median_rows=256, progress=False)
+    assert set(history["sae"]) == {"a", "b"} and (history.groupby("sae")["step"].max() == 20).all()
+    for name, sae in fresh().items():
+        train({name: sae}, batches, 20, orders=orders, median_rows=256, progress=False)
+        assert torch.equal(sae.W_dec, together[name].W_dec)
+
+    class Killed(Exception):
+        pass
+
+    def die(step, sae, row):
+        if step == 15 and row["sae"] == "b":
+            raise Killed
+
+    kw = dict(orders=orders, median_rows=256, progress=False, checkpoint=tmp_path, checkpoint_every=5, log_every=5)
+    with pytest.raises(Killed):  # by now a has written step 15, b has not
+        train(fresh(), batches, 20, callback=die, **kw)
+    resumed = fresh()
+    train(resumed, batches, 20, **kw)
+    for name in resumed:
+        assert torch.equal(resumed[name].W_dec, together[name].W_dec)
