@@ -156,7 +156,7 @@ def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
     ‖x − b_dec − g·ẑ‖², as the sum of tied, correlated latents overshoots.
 
     Raises:
-        ValueError: an SAE without thresholds, too few rows for the rate.
+        ValueError: an SAE without thresholds, too few rows for the rate, more active latents asked for than are positive.
     """
     if not hasattr(sae, "threshold"):
         raise ValueError(f"{type(sae).__name__} has no thresholds: calibrate takes JumpReLU SAEs")
@@ -169,10 +169,16 @@ def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
         pre = sae_in @ sae.W_enc[:, part] + sae.b_enc[part]  # [n, 512]
         top = pre.topk(min(k + 1, len(x)), dim=0).values[-2:]  # the k-th and the next largest
         sae.threshold[part] = top.mean(0).clamp_min(0)
-    dot = norm = 0.0
+    dot = norm = active = 0.0
     for part in x.split(1024):
-        out = sae.decode(sae.encode(part)) - sae.b_dec
+        acts = sae.encode(part)
+        active += float((acts > 0).sum()) / len(x)
+        out = sae.decode(acts) - sae.b_dec
         dot, norm = dot + float((out * (part - sae.b_dec)).sum()), norm + float(out.pow(2).sum())
+    if active < 0.9 * l0:
+        raise ValueError(
+            f"L0 {l0} cannot be reached: {active:.0f} latents are positive on a row; lower it or widen the SAE"
+        )
     if norm:
         for parameter in (sae.W_enc, sae.b_enc, sae.threshold):
             parameter *= max(dot / norm, 1e-3)

@@ -115,9 +115,28 @@ def tpp(x: Array, z: Array, W_dec: Array, y: Array, train: Array, n: int) -> flo
     return float(np.mean(gains))
 
 
+def letter_probes(x: Array, letter: Array, train: Array, min_f1: float = 0.6) -> dict[int, tuple[Array, float]]:
+    """One-vs-rest logistic probes of first letters on residuals ``x`` [n, d], those with a test F1 of ``min_f1`` or more."""
+    found = {}
+    for c in np.unique(letter):
+        y = (letter == c).astype(int)
+        if y[train].sum() < 10 or y[~train].sum() < 5:
+            continue
+        w, b = _balanced_probe(x, y, train)
+        if f1_score(y[~train], x[~train] @ w + b > 0) >= min_f1:
+            found[int(c)] = (w, b)
+    return found
+
+
 @torch.no_grad()
 def absorption(
-    x: Tensor, letter: Array, sae: SAE, train: Array, max_k: int = 10, jump: float = 0.03, min_f1: float = 0.6
+    x: Tensor,
+    letter: Array,
+    sae: SAE,
+    train: Array,
+    probes: dict[int, tuple[Array, float]],
+    max_k: int = 10,
+    jump: float = 0.03,
 ) -> dict[str, float]:
     """First-letter absorption (Chanin et al. 2024, arXiv:2409.14507) as SAEBench 0.6 scores it; lower is better.
 
@@ -127,43 +146,52 @@ def absorption(
     k grown while test F1 gains more than ``jump``. Departs from SAEBench in the probes' solver (liblinear) only.
 
     Args:
-        x: residuals at the words' tokens [n, d]; letter: 0…25 [n]; train: boolean [n].
+        x: residuals at the words' tokens [n, d]; letter: 0…25 [n]; train: boolean [n]; probes: :func:`letter_probes`.
 
     Returns:
-        fraction, full (means over letters), letters (how many had a probe of test F1 above ``min_f1``), split (mean
-        number of main latents).
+        fraction, full (means over letters), letters (how many), split (mean number of main latents); NaN without a probe.
     """
+    if not probes:
+        return {"fraction": np.nan, "full": np.nan, "split": np.nan, "letters": 0}
     f = torch.cat([sae.encode(part.to(sae.device, sae.dtype)) for part in x.split(2048)]).float().cpu().numpy()
     raw, unit = x.cpu().numpy(), torch.nn.functional.normalize(sae.W_dec.float(), dim=1).cpu().numpy()
-    spoken = f[train].std(0) > 0
-    scaled = f / (f[train].std(0) + 1e-9)
-    fractions, fulls, splits = [], [], []
-    for c in np.unique(letter):
-        y = (letter == c).astype(int)
-        w, b = _balanced_probe(raw, y, train)
-        score = raw @ w + b
-        if y[train].sum() < 10 or y[~train].sum() < 5 or f1_score(y[~train], score[~train] > 0) < min_f1:
-            continue
-        main = _main_latents(scaled, y, train, spoken, max_k, jump)
-        hits = np.flatnonzero(~train & (y > 0) & (score > 0))
-        direction = w / np.linalg.norm(w)
-        cosine, a = unit @ direction, raw[hits] @ direction  # [d_sae], [hits]
-        part = f[hits] * cosine  # projection that each latent carries, [hits, d_sae]
-        inside = part[:, main].sum(1)
-        others = np.where((cosine >= 0.1) & ~np.isin(np.arange(len(cosine)), main), np.maximum(part, 0), 0)
-        outside = np.sort(others, axis=1)[:, -3:].sum(1)
-        beside = np.minimum(outside, a - inside)
-        share = np.where(inside <= 0, 1.0, np.clip(beside / np.maximum(beside + inside, 1e-9), 0, 1))
-        fractions.append(np.where((inside >= a) | (outside < 0.4 * a), 0.0, share).mean())
-        largest = part.argmax(1)
-        silent = (f[hits][:, main] < 1e-8).all(1)
-        carried = part[np.arange(len(hits)), largest]
-        fulls.append((silent & (cosine[largest] >= 0.025) & (a >= 0) & (carried >= 0.4 * a)).mean())
-        splits.append(len(main))
-    if not fractions:
-        return {"fraction": np.nan, "full": np.nan, "letters": 0, "split": np.nan}
-    means = (float(np.mean(v)) for v in (fractions, fulls, splits))
-    return dict(zip(("fraction", "full", "split"), means)) | {"letters": len(fractions)}
+    deviation = f[train].std(0)
+    rows = [
+        _absorbed(raw, f, deviation, unit, (letter == c).astype(int), train, probe, max_k, jump)
+        for c, probe in probes.items()
+    ]
+    return dict(zip(("fraction", "full", "split"), map(float, np.mean(rows, axis=0)))) | {"letters": len(rows)}
+
+
+def _absorbed(
+    x: Array,
+    f: Array,
+    deviation: Array,
+    unit: Array,
+    y: Array,
+    train: Array,
+    probe: tuple[Array, float],
+    max_k: int,
+    jump: float,
+) -> tuple[float, float, int]:
+    """(fraction, full, number of main latents) of one letter."""
+    main = _main_latents(f, deviation, y, train, max_k, jump)
+    hits = np.flatnonzero(~train & (y > 0) & (x @ probe[0] + probe[1] > 0))
+    direction = probe[0] / np.linalg.norm(probe[0])
+    cosine, a = unit @ direction, x[hits] @ direction  # [d_sae], [hits]
+    part = f[hits] * cosine  # projection that each latent carries, [hits, d_sae]
+    inside = part[:, main].sum(1)
+    allowed = cosine >= 0.1
+    allowed[main] = False
+    outside = np.sort(np.where(allowed, np.maximum(part, 0), 0), axis=1)[:, -3:].sum(1)
+    beside = np.minimum(outside, a - inside)
+    share = np.where(inside <= 0, 1.0, np.clip(beside / np.maximum(beside + inside, 1e-9), 0, 1))
+    fraction = np.where((inside >= a) | (outside < 0.4 * a), 0.0, share).mean()
+    largest = part.argmax(1)
+    carried = part[np.arange(len(hits)), largest]
+    silent = (f[hits][:, main] < 1e-8).all(1)
+    full = (silent & (cosine[largest] >= 0.025) & (a >= 0) & (carried >= 0.4 * a)).mean()
+    return fraction, full, len(main)
 
 
 def _balanced_probe(x: Array, y: Array, train: Array) -> tuple[Array, float]:
@@ -174,12 +202,13 @@ def _balanced_probe(x: Array, y: Array, train: Array) -> tuple[Array, float]:
     return w, float(fit.intercept_[0] - w @ mu)
 
 
-def _main_latents(z: Array, y: Array, train: Array, spoken: Array, max_k: int, jump: float) -> Array:
+def _main_latents(f: Array, deviation: Array, y: Array, train: Array, max_k: int, jump: float) -> Array:
     """The latents that together say a letter: grown one by one in the order of an L1 probe's signed weights."""
-    gap = np.abs(_difference(z[train], y[train])) * spoken
-    likely = np.argsort(-gap)[:200]  # the L1 probe would drop the others anyway
-    l1 = LogisticRegression(C=0.05, l1_ratio=1.0, class_weight="balanced", solver="liblinear")
-    order = likely[np.argsort(-l1.fit(z[train][:, likely], y[train]).coef_[0])]
+    gap = np.abs(_difference(f[train], y[train])) / (deviation + 1e-9) * (deviation > 0)
+    likely = np.argsort(-gap)[:100]  # the L1 probe would drop the others anyway
+    z = f[:, likely] / (deviation[likely] + 1e-9)
+    l1 = LogisticRegression(C=0.05, l1_ratio=1.0, class_weight="balanced", solver="liblinear").fit(z[train], y[train])
+    order = np.argsort(-l1.coef_[0])
     last, kept = -np.inf, 1
     for k in range(1, max_k + 1):
         fit = LogisticRegression(class_weight="balanced", max_iter=500).fit(z[train][:, order[:k]], y[train])
@@ -187,7 +216,7 @@ def _main_latents(z: Array, y: Array, train: Array, spoken: Array, max_k: int, j
         if f1 <= last + jump:
             break
         last, kept = f1, k
-    return order[:kept]
+    return likely[order[:kept]]
 
 
 def detection(

@@ -109,5 +109,7 @@ def test_calibrated_sae_starts_at_its_l0(rows, start):
     assert there["dead"] == 0 and there["fvu"] < 1
     with pytest.raises(ValueError, match="10 rows are too few"):
         initializers.calibrate(sae, x[:10], 40)
+    with pytest.raises(ValueError, match="L0 3000 cannot be reached"):
+        initializers.calibrate(sae, x[:1000], 3000)
     with pytest.raises(ValueError, match="has no thresholds"):
         initializers.calibrate(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=640, d_sae=8)), x, 4)

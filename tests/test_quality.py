@@ -93,11 +93,13 @@ def test_absorption_is_seen_where_it_was_put():
                 f[i, c + (letters if own else 0)] = rows[i, c]
             return f
 
+    first = np.arange(n) < 900
+    probes = quality.letter_probes(x, letter, first)
     results = []
     for absorbing in (False, True):
         fake = Fake(absorbing)
         fake.at = 0
-        results.append(quality.absorption(torch.from_numpy(x), letter, fake, np.arange(n) < 900, max_k=1))
+        results.append(quality.absorption(torch.from_numpy(x), letter, fake, first, probes, max_k=1))
     clean, bad = results
     assert clean["letters"] == bad["letters"] == letters
     assert clean["full"] == 0 and clean["fraction"] == 0
