@@ -69,7 +69,7 @@ class Facts:
     al. 2024, arXiv:2402.17700) and SAEBench intervene at the entity's last token, which needs an earlier block.
 
     Raises:
-        ValueError: fewer than four entities are known.
+        ValueError: fewer than four entities are known, or all known ones share an attribute.
     """
 
     def __init__(self, lm: TransformerBridge, hook: str, prompts: dict[str, str], entities: list[dict[str, str]]):
@@ -89,6 +89,8 @@ class Facts:
             raise ValueError(
                 f"the LM knows {len(kept)} of {len(entities)} entities: give better known ones or other prompts"
             )
+        if same := [a for a in prompts if len(state[a][2][kept].unique()) < 2]:
+            raise ValueError(f"all known entities have one {same[0]}: give entities that differ in it")
         self.known, self.attributes = len(kept), list(prompts)
         self.ids = {a: [state[a][0][i] for i in kept] for a in prompts}
         self.x = {a: state[a][1][kept] for a in prompts}  # [known, d]
