@@ -22,10 +22,10 @@ def unlearning(
     lm: TransformerBridge,
     sae: SAE,
     hook: str,
-    forget: tuple[Tensor, list],
-    retain: tuple[Tensor, list],
+    forget: tuple[Tensor, list, float],
+    retain: tuple[Tensor, list, float],
     unit: float,
-    settings: Sequence[tuple[int, float]] = ((10, 0.1), (10, 0.3), (20, 0.1), (20, 0.3)),
+    settings: Sequence[tuple[int, float]] = ((10, 0.1), (20, 0.3)),
     rate: float = 0.01,
     damage: float = 0.02,
 ) -> dict[str, float]:
@@ -37,12 +37,11 @@ def unlearning(
     retained loss by at most ``damage``, less that rise; 0 where none does.
 
     Args:
-        forget, retain: rows [n, d] to select latents on, and token windows to measure losses on (of other texts).
+        forget, retain: rows [n, d] to select latents on; token windows of other texts; their loss without an edit.
         unit: a length of the residual stream, such as its median norm.
     """
     silent = firing_rates(sae, retain[0]) < rate
     order = (firing_rates(sae, forget[0]) * silent).argsort(descending=True)
-    clean = [steering.mean_loss(lm, part[1]) for part in (forget, retain)]
     best = {"score": 0.0, "forget": 0.0, "retain": 0.0}
     for n, m in settings:
         picked = order[:n].to(sae.device)
@@ -52,9 +51,9 @@ def unlearning(
             return f
 
         edit = steering.latents(hook, sae, push)
-        rise = [steering.mean_loss(lm, part[1], [edit]) - c for part, c in zip((forget, retain), clean)]
-        if rise[1] <= damage and rise[0] - rise[1] > best["score"]:
-            best = {"score": rise[0] - rise[1], "forget": rise[0], "retain": rise[1]}
+        rise, cost = (steering.mean_loss(lm, windows, [edit]) - clean for _, windows, clean in (forget, retain))
+        if cost <= damage and rise - cost > best["score"]:
+            best = {"score": rise - cost, "forget": rise, "retain": cost}
     return best
 
 
@@ -126,8 +125,10 @@ class Facts:
                 seen["x"] = x[row, end].detach().float().cpu()
                 return x
 
-            with torch.set_grad_enabled(gradient is not None), steering.edited(self.lm, [(self.hook, edit)]):
-                out = self.lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True))[row, end].float()
+            # the vocabulary is most of a small model's work: only the last position goes through it
+            last = ("unembed.hook_in", lambda x, hook=None, row=row, end=end: x[row, end][:, None])
+            with torch.set_grad_enabled(gradient is not None), steering.edited(self.lm, [(self.hook, edit), last]):
+                out = self.lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True))[:, 0].float()
             logits.append(out.detach().cpu())
             if gradient is not None:
                 a, b = (g[at : at + len(row)].to(out.device) for g in gradient)

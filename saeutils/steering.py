@@ -260,12 +260,14 @@ def mean_loss(
 
 @torch.no_grad()
 def loss_recovered(
-    lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int = 128, batch_size: int = 8
-) -> dict[str, float]:
+    lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int = 128, batch_size: int = 8,
+    known: dict[str, float] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """How much of the LM's loss survives when the SAE's reconstruction replaces the activation.
 
     (L_zero − L_sae)/(L_zero − L_clean), as in SAEBench; also against mean ablation, the harder reference where the
-    residual stream has a large constant part. Losses in nats a token over windows of ``context`` tokens.
+    residual stream has a large constant part. Losses in nats a token over windows of ``context`` tokens. ``known``: what
+    an earlier call with the same texts returned; its losses without the SAE are not measured again.
 
     Returns:
         clean, sae, zero, mean (losses), recovered, recovered_mean.
@@ -280,10 +282,14 @@ def loss_recovered(
     def loss(edit: Edit) -> float:
         return mean_loss(lm, rows, [edit], batch_size, lambda real: state.update(real=real))
 
-    clean = loss((hook, remember))
-    mean = total[0] / total[1]
-    spliced, zero = loss(splice(hook, sae)), loss(_edit(hook, sae.cfg.d_in, lambda x: -x, AFTER_BOS))
-    averaged = loss(_edit(hook, sae.cfg.d_in, lambda x: mean - x, AFTER_BOS))
+    if known:
+        clean, zero, averaged = (known[name] for name in ("clean", "zero", "mean"))
+    else:
+        clean = loss((hook, remember))
+        mean = total[0] / total[1]
+        zero = loss(_edit(hook, sae.cfg.d_in, lambda x: -x, AFTER_BOS))
+        averaged = loss(_edit(hook, sae.cfg.d_in, lambda x: mean - x, AFTER_BOS))
+    spliced = loss(splice(hook, sae))
     return {
         "clean": clean, "sae": spliced, "zero": zero, "mean": averaged,
         "recovered": (zero - spliced) / (zero - clean), "recovered_mean": (averaged - spliced) / (averaged - clean),

@@ -13,7 +13,7 @@ from saeutils import archives
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 CAP = (
     "tokens=12000,docs=120,sentences=120,steps=20,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,batch=128,"
-    "l0s=2,l0_warm_up=3,per_class=20,per_cell=12,per_topic=8,words=300,cities=20,pairs=4,judged=10,windows=30,loss_docs=3"
+    "l0=20,l0s=2,l0_warm_up=3,per_class=20,per_cell=12,per_topic=8,words=300,cities=20,pairs=4,judged=10,windows=30,loss_docs=3"
 )
 
 

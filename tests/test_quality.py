@@ -163,7 +163,7 @@ def test_unlearning_pushes_what_fires_on_the_topic_only(gemma):
     rows = activations.collect("gemma-3-270m", HOOK, wiki, n_tokens=6000, context=64).all()["x"]
     wins = steering.windows(gemma, wiki["text"][:4], 64)
     sae = _identity(640)
-    same = interventions.unlearning(gemma, sae, HOOK, (rows, wins), (rows, wins), 1.0)
+    same = interventions.unlearning(gemma, sae, HOOK, (rows, wins, 0.0), (rows, wins, 0.0), 1.0)
     assert same["score"] == 0  # a topic equal to the rest cannot be forgotten alone
     rates = interventions.firing_rates(sae, rows)
     assert torch.allclose(rates[:640], (rows > 0).float().mean(0), atol=1e-6)
