@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -51,9 +52,25 @@ class LatentTable:
         return best[best > 0].index[:n].tolist()
 
 
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """Row at which each document begins, [n_docs + 1]."""
+        return np.searchsorted(self.doc, np.arange(self.n_docs + 1))
+
+    def top_texts(self, latent: int, tokens: np.ndarray, n: int = 50) -> list[list[tuple[str, float]]]:
+        """The ``n`` documents with its largest activations as lists of (token, activation), the strongest first.
+
+        ``tokens``: the token of every row as text, [tokens]. What :mod:`saeutils.language` reads.
+        """
+        rows, values = self.acts.indices[slice(*(span := self.acts.indptr[latent : latent + 2]))], self.acts.data[slice(*span)]
+        docs = list(dict.fromkeys(self.doc[rows[np.argsort(-values, kind="stable")]].tolist()))[:n]
+        dense = dict(zip(rows.tolist(), values.tolist()))
+        return [[(tokens[i], dense.get(i, 0.0)) for i in range(*self.edges[doc : doc + 2])] for doc in docs]
+
+
 @torch.no_grad()
-def latent_table(acts: Activations, sae: SAE, n_docs: int) -> LatentTable:
-    """Encode every collected row; ``acts`` is a small set from :func:`saeutils.activations.collect`.
+def latent_table(acts: Activations, sae: SAE, n_docs: int, l2: bool = False) -> LatentTable:
+    """Encode every collected row; ``acts`` is a small set from :func:`saeutils.activations.collect`. ``l2``: rows to norm 1.
 
     Raises:
         ValueError: the SAE has another input width than the activations.
@@ -63,6 +80,7 @@ def latent_table(acts: Activations, sae: SAE, n_docs: int) -> LatentTable:
     rows = acts.all()
     parts = []
     for x in tqdm(rows["x"].split(max(1, DENSE // sae.cfg.d_sae)), desc="encoding", leave=False):
+        x = torch.nn.functional.normalize(x, dim=1) if l2 else x
         dense = sae.encode(x.to(sae.device, sae.dtype))  # [batch, d_sae]
         at = dense.nonzero(as_tuple=True)
         entries = dense[at].float().cpu().numpy(), tuple(i.cpu().numpy() for i in at)

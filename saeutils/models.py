@@ -3,13 +3,15 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, list_repo_refs
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
@@ -173,6 +175,36 @@ def identity(name: str, revision: str | None = None) -> str:
     with _hub_errors(name):
         config = hf_hub_download(name, "config.json", revision=revision)  # …/snapshots/COMMIT/config.json
     return f"{name}@{Path(config).parent.name}"
+
+
+STEP = re.compile(r"^(?:iter_|step-?)(\d+)(?:-tokens\w+)?$")  # LLM-jp's and our folders; Pythia's, Lucie's, OLMo's revisions
+
+
+def checkpoints(source: str, wanted: Sequence[int] = ()) -> dict[int, dict[str, str]]:
+    """Training checkpoints of one model: {step: arguments for :func:`load_hf`}, in order.
+
+    Args:
+        source: a folder with one folder ``iter_0000010`` or ``step-0000010`` a checkpoint, or a hub id whose revisions are
+            named ``step1000``, ``step0005000`` or ``step1000-tokens4B``.
+        wanted: these steps only; empty: all.
+
+    Raises:
+        ValueError: no checkpoints, or a wanted one is missing (those found are listed).
+        ConnectionError: the hub is out of reach.
+    """
+    if Path(source).is_dir():
+        named = {f.name: {"name": str(f)} for f in Path(source).iterdir() if (f / "config.json").exists()}
+    elif source.count("/") != 1 or source[0] in "/.":
+        raise ValueError(f"no folder {source}: give a folder with one folder iter_0000010, … a checkpoint, or a hub id")
+    else:
+        with _hub_errors(source):
+            refs = list_repo_refs(source)
+        named = {r.name: {"name": source, "revision": r.name} for r in [*refs.branches, *refs.tags]}
+    found = {int(m[1]): kwargs for name, kwargs in named.items() if (m := STEP.match(name))}
+    if not found or (missing := [s for s in wanted if s not in found]):
+        lacks = f"no checkpoint at steps {missing}" if found else "no checkpoints named iter_N, step-N or stepN"
+        raise ValueError(f"{source} has {lacks}; found: {sorted(found) or sorted(named)}")
+    return {step: found[step] for step in sorted(found) if not wanted or step in wanted}
 
 
 def load_lm(name: str, **kwargs) -> TransformerBridge:

@@ -1,0 +1,119 @@
+"""In which language a latent speaks, and about how much: its top texts as plain lists of (token, activation)."""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+
+Text = Sequence[tuple[str, float]]
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's
+HEAVY = 2  # a kana or kanji says about as much as two Latin letters
+
+
+@cache
+def _bytes() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def pieces(tokens: Sequence[str]) -> tuple[list[str], str]:
+    """Tokens as text, one by one and together: blanks restored, byte-level pieces decoded, fragments of a character turned into U+FFFD.
+
+    GPT-2's stand-ins for bytes are letters too (``ãģ¾`` is ま, ``é`` may be é): tokens are read as bytes only where all of
+    them together are valid UTF-8 with at least one character of several bytes (broken ones at both ends forgiven).
+    """
+    values = [[_bytes().get(c) for c in t] for t in tokens]
+    flat = [v for token in values for v in token]
+    if flat and None not in flat and _multibyte(bytes(flat)):
+        return [bytes(v).decode(errors="replace") for v in values], bytes(flat).decode(errors="replace")
+    out = []
+    for token in tokens:
+        if BYTE.fullmatch(token):
+            token = chr(int(token[3:-1], 16)) if token < "<0x80" else "\ufffd"
+        out.append(token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n"))
+    return out, "".join(out)
+
+
+def _multibyte(raw: bytes) -> bool:
+    """Whether bytes are UTF-8 with a character beyond ASCII, but for a broken one at either end."""
+    start = next((i for i, b in enumerate(raw[:4]) if b & 0xC0 != 0x80), 4)
+    try:
+        return len(raw[start:].decode()) < len(raw) - start
+    except UnicodeDecodeError as error:
+        at = error.start + start
+        if error.reason != "unexpected end of data":
+            return False
+        return len(raw[start:at].decode()) < at - start or len(raw) - at > 1
+
+
+@cache
+def script(char: str) -> str:
+    """``ja`` for kana and kanji, ``en`` for Latin letters, ``other`` for letters of other scripts; ``""`` is neutral.
+
+    Digits, punctuation, spaces, symbols and emoji are neutral, and so are full-width Latin letters: their script is Latin,
+    but only Japanese text is written with them.
+    """
+    name = unicodedata.name(char, "")
+    if not char.isalpha() or name.startswith("FULLWIDTH"):
+        return ""
+    if name.startswith("LATIN"):
+        return "en"
+    return "ja" if any(s in name for s in ("HIRAGANA", "KATAKANA", "CJK", "IDEOGRAPHIC")) else "other"
+
+
+def language_of(text: str) -> str:
+    """The language that most of a string is written in: ``ja``, ``en``, ``other``; ``""`` where nothing tells."""
+    letters = Counter(script(c) for c in unicodedata.normalize("NFC", text))
+    weights = {"ja": HEAVY * letters["ja"], "en": letters["en"], "other": letters["other"]}
+    if best := max(weights.values()):
+        return max(weights, key=weights.get) if list(weights.values()).count(best) == 1 else ""
+    return "en" if any(unicodedata.name(c, "").startswith("FULLWIDTH LATIN") for c in text) else ""
+
+
+def peak(text: Text) -> int | None:
+    """Where a text's largest activation is; None where there is none above zero."""
+    if not text:
+        return None
+    at = max(range(len(text)), key=lambda i: text[i][1])
+    return at if text[at][1] > 0 else None
+
+
+def language_tendency(texts: Sequence[Text] | Sequence[Sequence[Text]], share: float = 0.9) -> str | list[str]:
+    """``ja``, ``en`` or ``mixed`` for a latent, from the texts that activate it most (seed 000, section 4.2).
+
+    Each text votes with the language of its peak token, or, where that is neutral (digits, punctuation, spaces, symbols,
+    byte fragments), with its own; texts without any letter do not vote. The language with at least ``share`` of the votes
+    wins, ``mixed`` where none does (``other`` for further scripts).
+
+    Args:
+        texts: one latent's texts, each a list of (token, activation); or a list of latents, for a list of answers.
+
+    Raises:
+        ValueError: a latent has no text with a positive activation.
+    """
+    if nested(texts):
+        return [language_tendency(latent, share) for latent in texts]
+    votes = Counter()
+    spoken = 0
+    for text in texts:
+        if (at := peak(text)) is not None:
+            spoken += 1
+            shown, whole = pieces([token for token, _ in text])
+            votes[language_of(shown[at]) or language_of(whole)] += 1
+    if not spoken:
+        raise ValueError("no text with a positive activation: leave latents that never fire out")
+    del votes[""]
+    total = votes.total()
+    return next((language for language, n in votes.items() if n >= share * total), "mixed")
+
+
+def nested(texts: Sequence) -> bool:
+    """Whether this is a list of latents, not one latent's texts: told by the first (token, activation) pair inside."""
+    depth, inside = 0, texts
+    while isinstance(inside, (list, tuple)) or hasattr(inside, "__array__"):
+        inside = next((i for i in inside if isinstance(i, str) or len(i)), "")
+        depth += 1
+    return depth > 3
