@@ -66,6 +66,12 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(fixed)), bos_token=BOS)
 
 
+def first_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
+    """Each text cut after its first ``n`` tokens."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=n, return_offsets_mapping=True)
+    return [t[: max((end for _, end in spans), default=0)] for t, spans in zip(texts, encoded["offset_mapping"])]
+
+
 def packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, context: int, seed: int) -> Tensor:
     """All texts in a random order, BOS before each, cut into rows [n, context]."""
     order = np.random.default_rng(seed).permutation(len(texts))

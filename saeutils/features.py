@@ -132,6 +132,15 @@ def token_table(lm: TransformerBridge, direction: Tensor, n: int = 10) -> pd.Dat
     return pd.DataFrame(columns)
 
 
+def shade(pieces: Sequence[str], values: Sequence[float], largest: float) -> str:
+    """One text as a line of HTML, each piece shaded by its activation; all text is escaped."""
+    spans = [
+        f'<span style="background:rgba(255,120,0,{max(0.0, v) / largest:.2f})" title="{v:.3g}">{html.escape(p).replace(chr(10), "↵")}</span>'
+        for p, v in zip(pieces, values)
+    ]
+    return f'<div style="margin:2px 0;font-family:monospace;white-space:pre-wrap">{"".join(spans)}</div>'
+
+
 def shaded(table: LatentTable, tokenizer, latent: int, docs: Sequence[int] | None = None, n: int = 8) -> str:
     """HTML of the strongest documents, each token shaded by its activation; all text is escaped."""
     values = table.of(latent)
@@ -139,14 +148,7 @@ def shaded(table: LatentTable, tokenizer, latent: int, docs: Sequence[int] | Non
     lines = []
     for doc in table.top_docs(latent, n) if docs is None else docs:
         inside = np.flatnonzero(table.doc == doc)
-        spans = []
-        for i in inside:
-            piece = html.escape(tokenizer.decode([int(table.token[i])])).replace("\n", "↵")
-            strength = values[i] / largest
-            spans.append(
-                f'<span style="background:rgba(255,120,0,{strength:.2f})" title="{values[i]:.3g}">{piece}</span>'
-            )
-        lines.append(f'<div style="margin:2px 0;font-family:monospace;white-space:pre-wrap">{"".join(spans)}</div>')
+        lines.append(shade([tokenizer.decode([int(table.token[i])]) for i in inside], values[inside], largest))
     return "".join(lines) or f"<i>latent {latent} is silent on these {table.n_docs:,} texts</i>"
 
 

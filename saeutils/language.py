@@ -1,11 +1,19 @@
 """In which language a latent speaks, and about how much: its top texts as plain lists of (token, activation)."""
 
+import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+
+from saeutils import archives, embeddings
+
+GRANULARITIES = ("token", "synonym", "semantic", "unrelated")
+SIGNALS = ("same", "spread", "kin", "nearest", "context", "before", "after", "bilingual")
+AROUND = 8  # tokens on either side of a peak that count as its context
 Text = Sequence[tuple[str, float]]
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's
 HEAVY = 2  # a kana or kanji says about as much as two Latin letters
@@ -117,3 +125,88 @@ def nested(texts: Sequence) -> bool:
         inside = next((i for i in inside if isinstance(i, str) or len(i)), "")
         depth += 1
     return depth > 3
+
+
+def granularity(texts: Sequence[Text] | Sequence[Sequence[Text]]) -> str | list[str]:
+    """``token``, ``synonym``, ``semantic`` or ``unrelated``: what a latent's peaks have in common (seed 000, section 4.2).
+
+    ``token``: the same token; ``synonym``: one meaning (猫, ネコ, cat); ``semantic``: a shared topic, kind or role (猫, 犬);
+    ``unrelated``: nothing to be seen. A multinomial logistic regression on :func:`signals`, fitted to hand labels
+    (``data/granularity.json``; notebook 04 refits it and reports the agreement on labels it has not seen).
+
+    Args:
+        texts: one latent's texts, each a list of (token, activation); or a list of latents, for a list of answers.
+
+    Raises:
+        ValueError: a latent has fewer than two texts with a positive activation.
+    """
+    if not nested(texts):
+        return granularity([texts])[0]
+    x = signals(texts)  # [latents, signals]
+    model = json.loads((archives.data_dir() / "granularity.json").read_text())
+    x = (x - np.array(model["mean"])) / np.array(model["scale"])
+    scores = x @ np.array(model["weights"]).T + np.array(model["bias"])
+    return [model["classes"][i] for i in scores.argmax(1)]
+
+
+def signals(latents: Sequence[Sequence[Text]]) -> np.ndarray:
+    """What :func:`granularity` decides by, [latents, len(SIGNALS)], from peak tokens, peak words and their contexts.
+
+    same: share of the commonest peak token. spread: entropy of peak tokens over its maximum. kin: mean cosine of the words
+    of two texts with different peak tokens (1 if there are none). nearest: mean of each word's largest such cosine.
+    context: mean cosine of the text around the peak. before, after: share of the commonest neighbour of the peak.
+    bilingual: how evenly peaks divide between two languages, 0 … 1. Cosines of multilingual sentence embeddings.
+    """
+    peaks = [[p for text in latent if (p := _peak(text))] for latent in latents]
+    if short := [i for i, p in enumerate(peaks) if len(p) < 2]:
+        raise ValueError(f"latents {short[:5]} have fewer than two texts with a positive activation: give at least two")
+    strings = sorted({s for latent in peaks for p in latent for s in (p["word"], p["context"])})
+    vectors = dict(zip(strings, embeddings.multilingual(strings).numpy()))
+    return np.array([_signals(latent, vectors) for latent in peaks])
+
+
+def _peak(text: Text) -> dict[str, str] | None:
+    """The peak's token, word, neighbours, context and language; None without a positive activation."""
+    if (at := peak(text)) is None:
+        return None
+    shown, whole = pieces([token for token, _ in text])
+    plain = [unicodedata.normalize("NFKC", s).casefold().strip() for s in shown]
+    return {
+        "token": plain[at] or shown[at], "word": _word(shown, at), "before": plain[at - 1] if at else "^",
+        "after": plain[at + 1] if at + 1 < len(plain) else "$", "context": "".join(shown[max(0, at - AROUND) : at + AROUND + 1]).strip(),
+        "language": language_of(shown[at]) or language_of(whole),
+    }  # fmt: skip
+
+
+def _word(shown: Sequence[str], at: int) -> str:
+    """The Latin word that the peak token is part of; of Japanese, which has no blanks, the token itself."""
+    own = shown[at].strip()
+    if not own or any(script(c) != "en" for c in own):
+        return own or shown[at]
+    start, end = at, at + 1
+    while start > 0 and shown[start][:1].strip() and script(shown[start - 1][-1:]) == "en":
+        start -= 1
+    while end < len(shown) and shown[end][:1].strip() and script(shown[end][:1]) == "en":
+        end += 1
+    return "".join(shown[start:end]).strip()
+
+
+def _signals(peaks: list[dict[str, str]], vectors: dict[str, np.ndarray]) -> list[float]:
+    n = len(peaks)
+    count = Counter(p["token"] for p in peaks)
+    shares = np.array(list(count.values())) / n
+    words, contexts = (np.array([vectors[p[key]] for p in peaks]) for key in ("word", "context"))  # [n, d]
+    other = np.array([[p["token"] != q["token"] for q in peaks] for p in peaks])
+    cosines = np.where(other, words @ words.T, np.nan)
+    some = other.any(1)
+    spoken = Counter(p["language"] for p in peaks if p["language"])
+    around = contexts @ contexts.T
+    return [
+        shares.max(),
+        float(-(shares * np.log(shares)).sum() / np.log(n)),
+        float(np.nanmean(cosines)) if some.any() else 1.0,
+        float(np.nanmax(cosines[some], 1).mean()) if some.any() else 1.0,
+        float((around.sum() - n) / (n * (n - 1))),
+        *(Counter(p[side] for p in peaks).most_common(1)[0][1] / n for side in ("before", "after")),
+        2 * sorted([0, 0, *spoken.values()])[-2] / max(1, spoken.total()),
+    ]

@@ -106,6 +106,14 @@ def _convert(name: str, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
 
 
+def located(name: str) -> str:
+    """Where a model lies: the folder of an embedded one, or of one in ``data/`` (``bilingual-lm/step-0004000``); else the name."""
+    if name in EMBEDDED:
+        return str(local_dir(name))
+    shipped = archives.data_dir() / name
+    return str(shipped) if (shipped / "config.json").exists() else name
+
+
 def load_hf(
     name: str,
     *,
@@ -117,7 +125,7 @@ def load_hf(
     """A causal LM and its tokenizer, in eval mode.
 
     Args:
-        name: an embedded name (``gemma-3-270m``, ``smollm2-135m``), a local folder, or a hub id.
+        name: an embedded name (``gemma-3-270m``, ``smollm2-135m``), a folder (also one inside ``data/``), or a hub id.
         layers: keep only the first blocks; the others are never read from disk.
         dtype, device: default to :func:`default_dtype` and :func:`default_device`.
         revision: a hub branch, tag or commit (training checkpoints).
@@ -128,7 +136,7 @@ def load_hf(
     """
     device = device or default_device()
     dtype = dtype or default_dtype(device)
-    source = str(local_dir(name)) if name in EMBEDDED else name
+    source = located(name)
     if not Path(source).exists() and source.count("/") != 1 and source.split("-")[0] not in ("gpt2", "distilgpt2"):
         raise ValueError(f"unknown model {name!r}: embedded are {sorted(EMBEDDED)}; else give a folder or a hub id")
     with _hub_errors(name), _quiet():
@@ -170,8 +178,8 @@ def identity(name: str, revision: str | None = None) -> str:
     """What pins a model's weights: hashes of its archives or files, or the hub's commit."""
     if name in EMBEDDED:
         return name + str([archives.pinned()[archive]["sha256"] for archive, _ in EMBEDDED[name][1]])
-    if Path(name).is_dir():
-        return str([(f.name, archives.sha256_of(f)) for f in sorted(Path(name).iterdir()) if f.is_file()])
+    if (folder := Path(located(name))).is_dir():
+        return str([(f.name, archives.sha256_of(f)) for f in sorted(folder.iterdir()) if f.is_file()])
     with _hub_errors(name):
         config = hf_hub_download(name, "config.json", revision=revision)  # …/snapshots/COMMIT/config.json
     return f"{name}@{Path(config).parent.name}"

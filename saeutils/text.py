@@ -73,6 +73,7 @@ EMBEDDED = {
 HUB = {
     "openwebtext": ({"path": "Skylion007/openwebtext", "split": "train"}, ["text"]),
     "wikipedia": ({"path": "wikimedia/wikipedia", "name": "20231101.en", "split": "train"}, ["text"]),
+    "wikipedia-ja": ({"path": "wikimedia/wikipedia", "name": "20231101.ja", "split": "train"}, ["text"]),
     "pile": ({"path": "monology/pile-uncopyrighted", "split": "train"}, ["text"]),
     "kocommercial": (
         {"path": "MarkrAI/KoCommercial-Dataset", "split": "train"},
@@ -93,7 +94,7 @@ def load_text(name: str, max_docs: int | None = None) -> Dataset:
     Args:
         name: ``wikipedia-summaries``, ``speeches``, ``tatoeba`` (also ``ja``, ``en``), ``korean``, ``sst2`` (``label``),
             ``vader-movies``/``-products``/``-news``/``-tweets`` (``score``), ``labelled/TASK`` (``label``);
-            with a hub also ``openwebtext``, ``wikipedia``, ``pile``, ``kocommercial`` (streamed).
+            with a hub also ``openwebtext``, ``wikipedia``, ``wikipedia-ja``, ``pile``, ``kocommercial`` (streamed).
         max_docs: stop after so many documents; required for the hub's endless sources.
 
     Raises:

@@ -1,16 +1,21 @@
 """Widgets around the plots: they hold no logic, and use core ipywidgets common to versions 7.7 and 8."""
 
 import html
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from IPython.display import display
 from sae_lens.saes.sae import SAE
+from sklearn.metrics import cohen_kappa_score
 from transformer_lens.model_bridge import TransformerBridge
 
-from saeutils import features, plots, steering
+from saeutils import features, language, plots, steering
 
 
 def _wide(text: str, **layout) -> dict:
@@ -185,3 +190,80 @@ def match_panel(
     walk()
     show()
     return w.VBox([w.HBox([arm, number, loud]), rank, chart, texts])
+
+
+def label_panel(
+    queue: dict[str, list], path: Path, automatic: dict[str, str], others: dict[str, Path] | None = None
+) -> w.Widget:
+    """Label latents by hand: texts only, four classes by click or key, saved at every step, resumed from ``path``.
+
+    ``queue``: texts (lists of (token, activation)) by an opaque key; the order is shuffled by the file's name, so that
+    neither checkpoint nor number shows. ``automatic``: labels to compare with; ``others``: label files by person.
+
+    Raises:
+        ValueError: nothing to label, or ``path`` is not a label file.
+    """
+    if not queue:
+        raise ValueError("no latents to label: sample some first")
+    done: dict[str, str] = _labels(path) if path.exists() else {}
+    order = np.random.default_rng(sum(path.stem.encode())).permutation(list(queue)).tolist()
+    keys = {kind[i]: kind for kind, i in zip(language.GRANULARITIES, (0, 1, 0, 0))}  # t, y, s, u
+    buttons = {kind: w.Button(description=f"{kind} ({key})") for key, kind in keys.items()}
+    typed, back = w.Text(placeholder="or type a letter here", continuous_update=True), w.Button(description="back")
+    texts, state = w.HTML(), w.HTML()
+
+    def show() -> None:
+        left = [key for key in order if key not in done]
+        texts.value = _marked(queue[left[0]]) if left else "<b>all done</b>"
+        lines = [f"{len(done)} of {len(order)} labelled"]
+        for name, theirs in {"automatic": automatic, **{n: _labels(p) for n, p in (others or {}).items()}}.items():
+            both = [key for key in done if key in theirs]
+            if len(both) > 1:
+                kappa = cohen_kappa_score([done[key] for key in both], [theirs[key] for key in both])
+                lines.append(f"κ with {html.escape(name)} {kappa:.2f} on {len(both)}")
+        state.value = " · ".join(lines)
+
+    def save() -> None:
+        path.with_suffix(".tmp").write_text(json.dumps(done, indent=0))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def label(kind: str) -> None:
+        left = [key for key in order if key not in done]
+        if left:
+            done[left[0]] = kind
+            save()
+        show()
+
+    def on_key(change: dict) -> None:
+        if change["new"]:
+            typed.value = ""
+            if (kind := keys.get(change["new"][-1].lower())) is not None:
+                label(kind)
+
+    def undo(_) -> None:
+        if done:
+            done.popitem()
+            save()
+        show()
+
+    for kind, button in buttons.items():
+        button.on_click(lambda _, kind=kind: label(kind))
+    typed.observe(on_key, "value")
+    back.on_click(undo)
+    show()
+    return w.VBox([w.HBox([*buttons.values(), typed, back]), state, texts])
+
+
+def _labels(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a label file (empty or damaged): delete it to start again") from error
+    if not isinstance(found, dict) or set(found.values()) - set(language.GRANULARITIES):
+        raise ValueError(f"{path} is not a label file: values must be among {language.GRANULARITIES}")
+    return found
+
+
+def _marked(latent: list) -> str:
+    top = max((a for text in latent for _, a in text), default=1.0)
+    return "".join(features.shade(language.pieces([t for t, _ in text])[0], [a for _, a in text], top) for text in latent)

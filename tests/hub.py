@@ -22,7 +22,10 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig,
+    LlamaForCausalLM, PreTrainedTokenizerFast,
+)  # fmt: skip
 
 from saeutils import text
 
@@ -79,6 +82,24 @@ def _gemma2(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _llm_jp(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """LLM-jp-3's checkpoints as local folders, one a step; Llama-shaped, real depth, tiny width."""
+    for i, step in enumerate((10, 100, 1000, 10_000, 100_000, 988_240)):
+        torch.manual_seed(i)
+        shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=24, num_attention_heads=2)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, **shape))
+        model.save_pretrained(folder / f"iter_{step:07d}")
+        tokenizer.save_pretrained(folder / f"iter_{step:07d}")
+
+
+def _pythia(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Training checkpoints as revisions of one repository (every revision answers with the same files here)."""
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / ".revisions").write_text("step0 step512 step143000 step1000-tokens4B")
+
+
 def _gemma_scope(folder: Path, d_in: int = 2304, d_sae: int = 16_384) -> None:
     """The layout of google/gemma-scope-2b-pt-res: one params.npz; rows repeat, so that the file stays small."""
     folder.mkdir(parents=True)
@@ -129,6 +150,18 @@ def build(folder: Path) -> None:
     _gemma_scope_2(models / "google" / "gemma-scope-2-270m-pt" / "resid_post" / "layer_12_width_16k_l0_medium")
     bench = models / "canrager" / "saebench_gemma-2-2b_width-2pow12_date-1109"
     _saebench_topk(bench / "gemma-2-2b_topk_width-2pow12_date-1109" / "resid_post_layer_12" / "trainer_0")
+    pairs = text.load_text("tatoeba", max_docs=6000)
+    both = _tokenizer([*pairs["ja"], *pairs["en"]])
+    _llm_jp(folder / "llm-jp-3-1.8b", both)
+    _pythia(models / "EleutherAI" / "pythia-14m", both)
+    for code in ("ja", "en"):  # articles of twelve sentences; the configurations are named in the card, as on the hub
+        articles = [" ".join(pairs[code][at : at + 12]) for at in range(0, len(pairs), 12)]
+        (data / "wikimedia" / "wikipedia" / f"20231101.{code}").mkdir(parents=True)
+        pd.DataFrame({"text": articles}).to_parquet(data / "wikimedia/wikipedia" / f"20231101.{code}" / "train-00000-of-00001.parquet")
+    listed = "".join(
+        f"- config_name: 20231101.{code}\n  data_files:\n  - split: train\n    path: 20231101.{code}/train-*\n" for code in ("ja", "en")
+    )
+    (data / "wikimedia" / "wikipedia" / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
     (models / "meta-llama" / "Llama-3.2-1B").mkdir(parents=True)
     (models / "meta-llama" / "Llama-3.2-1B" / ".gated").touch()
     for name, frame in {
@@ -191,6 +224,10 @@ class _Hub(BaseHTTPRequestHandler):
                 if rest[:1] == ["resolve"]
                 else self._refuse(404, "EntryNotFound")
             )
+        if rest[:1] == ["refs"]:
+            names = (folder / ".revisions").read_text().split() if (folder / ".revisions").exists() else []
+            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": REVISION} for n in ["main", *names]]
+            return self._json({"branches": branches, "tags": [], "converts": []})
         if rest[:1] == ["tree"]:
             return self._tree(
                 folder, "/".join(rest[2:]), parse_qs(url.query).get("recursive", ["false"])[0].lower() == "true"

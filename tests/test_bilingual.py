@@ -1,0 +1,92 @@
+"""The bilingual LM: disjoint halves, its tokenizer, training that resumes, checkpoints by step."""
+
+import pytest
+import torch
+
+from saeutils import archives, bilingual, models, steering, text
+
+
+@pytest.fixture(scope="module")
+def halves() -> dict[str, list[str]]:
+    return bilingual.split_pairs(text.load_text("tatoeba", max_docs=3000), held_out=100)[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(halves):
+    return bilingual.train_tokenizer([*halves["ja"], *halves["en"]], 1500)
+
+
+def test_halves_never_share_a_pair():
+    pairs = text.load_text("tatoeba", max_docs=5000)
+    halves, heldout = bilingual.split_pairs(pairs, held_out=300)
+    ja, en = set(halves["ja"]), set(halves["en"])
+    for row in pairs:
+        assert not (row["ja"] in ja and row["en"] in en)
+    assert not ja & set(heldout["ja"]) and not en & set(heldout["en"])
+    assert 150 < len(heldout) < 600 and 0.7 < len(ja) / len(en) < 1.5
+    with pytest.raises(ValueError, match="too few to hold out"):
+        bilingual.split_pairs(pairs, held_out=2000)
+
+
+def test_tokenizer_gives_every_text_back(tokenizer):
+    for sentence in ["I ate 12 apples, café 😀!", "今日はTシャツを買った。", "한국어"]:
+        ids = tokenizer(sentence)["input_ids"]
+        assert tokenizer.decode(ids) == sentence and tokenizer.bos_token_id not in ids
+    assert all(len(t.strip("▁")) <= 1 for t in tokenizer.tokenize("in 2026") if any(c.isdigit() for c in t))
+
+
+def test_rows_are_packed(tokenizer):
+    rows = bilingual.packed(["I eat.", "You eat."] * 50, tokenizer, 16, seed=0)
+    assert rows.shape[1] == 16 and int(rows[0, 0]) == tokenizer.bos_token_id
+    assert not torch.equal(rows, bilingual.packed(["I eat.", "You eat."] * 50, tokenizer, 16, seed=1))
+
+
+def test_first_tokens(tokenizer):
+    cut = bilingual.first_tokens(["I ate an apple and went home.", ""], tokenizer, 3)
+    assert "I ate an apple and went home.".startswith(cut[0]) and len(tokenizer.tokenize(cut[0])) == 3 and cut[1] == ""
+
+
+def test_training_resumes_where_it_was_killed(tmp_path, halves, tokenizer, monkeypatch):
+    keep = bilingual._keep
+    size = dict(width=32, layers=2, heads=2, context=32, batch=8, lr=3e-3, device="cpu")
+    docs = halves["ja"][:600] + halves["en"][:600]
+    whole = bilingual.train_lm(tmp_path / "a", docs, tokenizer, steps=[0, 4, 8], **size)
+    assert list(whole) == [0, 4, 8]
+    monkeypatch.setattr(bilingual, "_keep", lambda model, tok, folder: (_ for _ in ()).throw(KeyboardInterrupt) if folder.name.endswith("8") else keep(model, tok, folder))
+    with pytest.raises(KeyboardInterrupt):
+        bilingual.train_lm(tmp_path / "c", docs, tokenizer, steps=[0, 4, 8], **size)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "c" / "running.pt", weights_only=True)["step"] == 4
+    bilingual.train_lm(tmp_path / "c", docs, tokenizer, steps=[0, 4, 8], **size)
+    a, c = (models.load_hf(str(tmp_path / f / "step-0000008"), dtype=torch.float32, device="cpu")[0] for f in "ac")
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters()))
+    with pytest.raises(ValueError, match="fill less than one batch"):
+        bilingual.train_lm(tmp_path / "d", docs[:2], tokenizer, steps=[4], **size)
+
+
+def test_the_shipped_model_speaks_both_languages():
+    found = models.checkpoints(str(archives.data_dir() / "bilingual-lm"))
+    assert list(found) == [16, 64, 250, 1000, 4000]
+    lm = models.load_lm(**found[4000], dtype=torch.float32, device="cpu")
+    _, heldout = bilingual.split_pairs(text.load_text("tatoeba"), held_out=4000)
+    for column in ("ja", "en"):
+        rows = steering.windows(lm, list(heldout[column])[:60], 64)
+        assert steering.mean_loss(lm, rows) < 4.5
+    logits = lm(torch.tensor([[0, 5, 6]]))
+    hf, _ = models.load_hf(**found[4000], dtype=torch.float32, device="cpu")
+    assert torch.allclose(logits, hf(torch.tensor([[0, 5, 6]])).logits, atol=1e-3)
+
+
+def test_checkpoints_are_listed(tmp_path):
+    for name in ("iter_0000010", "iter_0000100", "notes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    assert list(models.checkpoints(str(tmp_path))) == [10, 100]
+    assert models.checkpoints(str(tmp_path), [100]) == {100: {"name": str(tmp_path / "iter_0000100")}}
+    with pytest.raises(ValueError, match=r"no checkpoint at steps \[7\]; found: \[10, 100\]"):
+        models.checkpoints(str(tmp_path), [10, 7])
+    with pytest.raises(ValueError, match="no folder"):
+        models.checkpoints(str(tmp_path / "nowhere"))
+    for name in ("step1000", "step0005000", "step-0000010", "iter_0000010", "step1000-tokens4B"):
+        assert models.STEP.match(name)
+    assert not models.STEP.match("main")
