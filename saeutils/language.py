@@ -12,7 +12,7 @@ import numpy as np
 from saeutils import archives, embeddings
 
 GRANULARITIES = ("token", "synonym", "semantic", "unrelated")
-SIGNALS = ("same", "spread", "kin", "nearest", "context", "before", "after", "bilingual")
+SIGNALS = ("same", "spread", "kin", "close", "context", "theme", "before", "after", "bilingual")
 AROUND = 8  # tokens on either side of a peak that count as its context
 Text = Sequence[tuple[str, float]]
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's
@@ -142,26 +142,31 @@ def granularity(texts: Sequence[Text] | Sequence[Sequence[Text]]) -> str | list[
     """
     if not nested(texts):
         return granularity([texts])[0]
-    x = signals(texts)  # [latents, signals]
-    model = json.loads((archives.data_dir() / "granularity.json").read_text())
+    x, model = signals(texts), _model()  # [latents, signals]
     x = (x - np.array(model["mean"])) / np.array(model["scale"])
     scores = x @ np.array(model["weights"]).T + np.array(model["bias"])
     return [model["classes"][i] for i in scores.argmax(1)]
 
 
+@cache
+def _model() -> dict[str, list]:
+    return json.loads((archives.data_dir() / "granularity.json").read_text())
+
+
 def signals(latents: Sequence[Sequence[Text]]) -> np.ndarray:
     """What :func:`granularity` decides by, [latents, len(SIGNALS)], from peak tokens, peak words and their contexts.
 
-    same: share of the commonest peak token. spread: entropy of peak tokens over its maximum. kin: mean cosine of the words
-    of two texts with different peak tokens (1 if there are none). nearest: mean of each word's largest such cosine.
-    context: mean cosine of the text around the peak. before, after: share of the commonest neighbour of the peak.
-    bilingual: how evenly peaks divide between two languages, 0 … 1. Cosines of multilingual sentence embeddings.
+    same: share of the commonest peak token. spread: entropy of peak tokens over its maximum. kin, close: mean and upper
+    quartile of the cosines of two peak words with different tokens (1 if there are none). context, theme: mean and ninth
+    decile of the cosines of two texts around their peaks (theme: with different peak tokens). before, after: share of the
+    peak's commonest neighbour. bilingual: how evenly peaks divide between two languages, 0 … 1. Cosines are those of
+    multilingual sentence embeddings, less the mean word and the mean context.
     """
     peaks = [[p for text in latent if (p := _peak(text))] for latent in latents]
     if short := [i for i, p in enumerate(peaks) if len(p) < 2]:
         raise ValueError(f"latents {short[:5]} have fewer than two texts with a positive activation: give at least two")
     strings = sorted({s for latent in peaks for p in latent for s in (p["word"], p["context"])})
-    vectors = dict(zip(strings, embeddings.multilingual(strings).numpy()))
+    vectors = dict(zip(strings, embeddings.multilingual(strings).numpy().astype(float)))
     return np.array([_signals(latent, vectors) for latent in peaks])
 
 
@@ -195,18 +200,22 @@ def _signals(peaks: list[dict[str, str]], vectors: dict[str, np.ndarray]) -> lis
     n = len(peaks)
     count = Counter(p["token"] for p in peaks)
     shares = np.array(list(count.values())) / n
-    words, contexts = (np.array([vectors[p[key]] for p in peaks]) for key in ("word", "context"))  # [n, d]
     other = np.array([[p["token"] != q["token"] for q in peaks] for p in peaks])
-    cosines = np.where(other, words @ words.T, np.nan)
-    some = other.any(1)
+    words, around = (_cosines([vectors[p[key]] for p in peaks], np.array(_model()[key])) for key in ("word", "context"))
     spoken = Counter(p["language"] for p in peaks if p["language"])
-    around = contexts @ contexts.T
+    mean_around = (around.sum() - n) / (n * (n - 1))
     return [
         shares.max(),
         float(-(shares * np.log(shares)).sum() / np.log(n)),
-        float(np.nanmean(cosines)) if some.any() else 1.0,
-        float(np.nanmax(cosines[some], 1).mean()) if some.any() else 1.0,
-        float((around.sum() - n) / (n * (n - 1))),
+        *((words[other].mean(), np.percentile(words[other], 75)) if other.any() else (1.0, 1.0)),
+        mean_around,
+        np.percentile(around[other], 90) if other.any() else mean_around,
         *(Counter(p[side] for p in peaks).most_common(1)[0][1] / n for side in ("before", "after")),
         2 * sorted([0, 0, *spoken.values()])[-2] / max(1, spoken.total()),
     ]
+
+
+def _cosines(vectors: list[np.ndarray], centre: np.ndarray) -> np.ndarray:
+    x = np.array(vectors) - centre  # [n, d]
+    x /= np.linalg.norm(x, axis=1, keepdims=True).clip(1e-9)
+    return x @ x.T
