@@ -48,7 +48,10 @@ def split_pairs(pairs: Dataset, held_out: int, seed: int = 0) -> tuple[dict[str,
     group = connected_components(graph, directed=False)[1][left]  # [pairs]
     u = np.random.default_rng(seed).random(group.max() + 1)[group]
     share = held_out / len(ja)
-    halves = {"ja": [t for t, v in zip(ja, u) if share < v <= (1 + share) / 2], "en": [t for t, v in zip(en, u) if v > (1 + share) / 2]}
+    halves = {
+        "ja": [t for t, v in zip(ja, u) if share < v <= (1 + share) / 2],
+        "en": [t for t, v in zip(en, u) if v > (1 + share) / 2],
+    }
     apart = {language: list(dict.fromkeys(texts)) for language, texts in halves.items()}
     return apart, pairs.select(np.flatnonzero(u <= share))
 
@@ -56,10 +59,14 @@ def split_pairs(pairs: Dataset, held_out: int, seed: int = 0) -> tuple[dict[str,
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A BPE of characters with bytes as the last resort; digits stand alone. BOS is the only special token."""
     tokenizer = Tokenizer(BPE(byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Digits(True), pre_tokenizers.Punctuation()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(True), pre_tokenizers.Punctuation()]
+    )
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     special = [BOS, *(f"<0x{b:02X}>" for b in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, limit_alphabet=vocabulary // 2, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, limit_alphabet=vocabulary // 2, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     fixed = json.loads(tokenizer.to_str())
     fixed["added_tokens"] = [t for t in fixed["added_tokens"] if t["content"] == BOS]  # bytes are ordinary entries
@@ -68,7 +75,9 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 def first_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
     """Each text cut after its first ``n`` tokens."""
-    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=n, return_offsets_mapping=True)
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, truncation=True, max_length=n, return_offsets_mapping=True
+    )
     return [t[: max((end for _, end in spans), default=0)] for t, spans in zip(texts, encoded["offset_mapping"])]
 
 

@@ -51,7 +51,6 @@ class LatentTable:
         best = pd.Series(self.of(latent)).groupby(self.doc).max().sort_values(ascending=False)
         return best[best > 0].index[:n].tolist()
 
-
     @cached_property
     def edges(self) -> np.ndarray:
         """Row at which each document begins, [n_docs + 1]."""
@@ -62,7 +61,10 @@ class LatentTable:
 
         ``tokens``: the token of every row as text, [tokens]. What :mod:`saeutils.language` reads.
         """
-        rows, values = self.acts.indices[slice(*(span := self.acts.indptr[latent : latent + 2]))], self.acts.data[slice(*span)]
+        rows, values = (
+            self.acts.indices[slice(*(span := self.acts.indptr[latent : latent + 2]))],
+            self.acts.data[slice(*span)],
+        )
         docs = list(dict.fromkeys(self.doc[rows[np.argsort(-values, kind="stable")]].tolist()))[:n]
         dense = dict(zip(rows.tolist(), values.tolist()))
         return [[(tokens[i], dense.get(i, 0.0)) for i in range(*self.edges[doc : doc + 2])] for doc in docs]
@@ -79,7 +81,8 @@ def latent_table(acts: Activations, sae: SAE, n_docs: int, l2: bool = False) -> 
         raise ValueError(f"activations have d={acts.d}, the SAE expects d_in={sae.cfg.d_in}: same LM and hook point?")
     rows = acts.all()
     parts = []
-    for x in tqdm(rows["x"].split(max(1, DENSE // sae.cfg.d_sae)), desc="encoding", leave=False):
+    blocks = rows["x"].split(max(1, DENSE // sae.cfg.d_sae))
+    for x in tqdm(blocks, desc="encoding", leave=False, disable=len(blocks) < 20):
         x = torch.nn.functional.normalize(x, dim=1) if l2 else x
         dense = sae.encode(x.to(sae.device, sae.dtype))  # [batch, d_sae]
         at = dense.nonzero(as_tuple=True)

@@ -81,6 +81,18 @@ def language_of(text: str) -> str:
     return "en" if any(unicodedata.name(c, "").startswith("FULLWIDTH LATIN") for c in text) else ""
 
 
+def require(texts: Sequence[str], expected: str, share: float = 0.8) -> None:
+    """Check that texts are of one language, by the first thousand of them.
+
+    Raises:
+        ValueError: fewer than ``share`` of them are ``expected``.
+    """
+    found = Counter(language_of(t[:500]) or "neither" for t in texts[:1000])
+    if found[expected] < share * max(1, found.total()):
+        mix = ", ".join(f"{language} {n / found.total():.0%}" for language, n in found.most_common())
+        raise ValueError(f"the texts should be {expected!r} and are {mix or 'none'}: another column or data set?")
+
+
 def peak(text: Text) -> int | None:
     """Where a text's largest activation is; None where there is none above zero."""
     if not text:

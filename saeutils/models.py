@@ -131,7 +131,7 @@ def load_hf(
         revision: a hub branch, tag or commit (training checkpoints).
 
     Raises:
-        ValueError: the model is unknown, gated without a token, or has fewer layers than asked for.
+        ValueError: the model is unknown, gated without a token, has fewer layers than asked for or another's tokenizer.
         ConnectionError: the hub is out of reach.
     """
     device = device or default_device()
@@ -145,6 +145,11 @@ def load_hf(
             _truncate(config, layers, name)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, revision=revision)
+    if tokenizer.vocab_size > (rows := model.get_input_embeddings().num_embeddings):
+        raise ValueError(
+            f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model {rows:,}: not a pair, give the "
+            "folder its own tokenizer files"
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -185,7 +190,9 @@ def identity(name: str, revision: str | None = None) -> str:
     return f"{name}@{Path(config).parent.name}"
 
 
-STEP = re.compile(r"^(?:iter_|step-?)(\d+)(?:-tokens\w+)?$")  # LLM-jp's and our folders; Pythia's, Lucie's, OLMo's revisions
+STEP = re.compile(
+    r"^(?:iter_|step-?)(\d+)(?:-tokens\w+)?$"
+)  # LLM-jp's and our folders; Pythia's, Lucie's, OLMo's revisions
 
 
 def checkpoints(source: str, wanted: Sequence[int] = ()) -> dict[int, dict[str, str]]:

@@ -266,4 +266,6 @@ def _labels(path: Path) -> dict[str, str]:
 
 def _marked(latent: list) -> str:
     top = max((a for text in latent for _, a in text), default=1.0)
-    return "".join(features.shade(language.pieces([t for t, _ in text])[0], [a for _, a in text], top) for text in latent)
+    return "".join(
+        features.shade(language.pieces([t for t, _ in text])[0], [a for _, a in text], top) for text in latent
+    )

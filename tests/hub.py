@@ -23,8 +23,15 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
-    Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig,
-    LlamaForCausalLM, PreTrainedTokenizerFast,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )  # fmt: skip
 
 from saeutils import text
@@ -157,9 +164,12 @@ def build(folder: Path) -> None:
     for code in ("ja", "en"):  # articles of twelve sentences; the configurations are named in the card, as on the hub
         articles = [" ".join(pairs[code][at : at + 12]) for at in range(0, len(pairs), 12)]
         (data / "wikimedia" / "wikipedia" / f"20231101.{code}").mkdir(parents=True)
-        pd.DataFrame({"text": articles}).to_parquet(data / "wikimedia/wikipedia" / f"20231101.{code}" / "train-00000-of-00001.parquet")
+        pd.DataFrame({"text": articles}).to_parquet(
+            data / "wikimedia/wikipedia" / f"20231101.{code}" / "train-00000-of-00001.parquet"
+        )
     listed = "".join(
-        f"- config_name: 20231101.{code}\n  data_files:\n  - split: train\n    path: 20231101.{code}/train-*\n" for code in ("ja", "en")
+        f"- config_name: 20231101.{code}\n  data_files:\n  - split: train\n    path: 20231101.{code}/train-*\n"
+        for code in ("ja", "en")
     )
     (data / "wikimedia" / "wikipedia" / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
     (models / "meta-llama" / "Llama-3.2-1B").mkdir(parents=True)

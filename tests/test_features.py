@@ -52,6 +52,19 @@ def test_table_equals_encoding_by_hand(lm, sae, table):
     assert table.top_docs(latent)[0] == int(top[:, latent].argmax())
 
 
+def test_top_texts_are_the_strongest_documents_in_reading_order(table):
+    words = np.array([str(t) for t in table.token], dtype=object)
+    latent = int(np.diff(table.acts.indptr).argmax())
+    found = table.top_texts(latent, words, n=2)
+    values = table.of(latent)
+    assert [max(a for _, a in text) for text in found] == sorted(
+        (values[table.doc == d].max() for d in range(3)), reverse=True
+    )[:2]
+    for text, doc in zip(found, table.top_docs(latent, 2)):
+        inside = table.doc == doc
+        assert [t for t, _ in text] == words[inside].tolist() and np.allclose([a for _, a in text], values[inside])
+
+
 def test_promoted_is_the_change_of_logits(lm):
     """Small steps along a direction before the final norm move the centred logits along ``promoted``."""
     x = lm.run_with_cache("The cat", names_filter=[HOOK])[1][HOOK][0, -1]

@@ -41,7 +41,9 @@ def test_pieces(tokens, expected):
 
 
 def test_byte_level_text_is_read_whole():
-    assert language.pieces(["ç", "Į", "«"])[1] == "猫"  # one character over three tokens: no piece has a letter, the text has
+    assert (
+        language.pieces(["ç", "Į", "«"])[1] == "猫"
+    )  # one character over three tokens: no piece has a letter, the text has
 
 
 @pytest.mark.parametrize("texts, expected", [
@@ -65,6 +67,14 @@ def test_language_tendency(texts, expected):
     assert language.language_tendency([texts, texts]) == [expected] * 2
 
 
+def test_wrong_language_is_refused():
+    language.require(["I eat.", "You eat.", "1"] * 5 + ["He eats."] * 10, "en")
+    with pytest.raises(ValueError, match="should be 'ja' and are en 67%, ja 33%"):
+        language.require(["I eat.", "You eat.", "食べる。"], "ja")
+    with pytest.raises(ValueError, match="are none"):
+        language.require([], "ja")
+
+
 def test_language_tendency_needs_a_peak():
     with pytest.raises(ValueError, match="no text with a positive activation"):
         language.language_tendency([[("cat", 0.0)], []])
@@ -85,7 +95,9 @@ ANIMALS = [_text("▁the", "!▁cat", "▁sleeps"), _text("!犬", "が", "走る
 NOTHING = [_text("!▁of", "▁the", "▁law"), _text("昨日", "!経済", "が"), _text("▁she", "▁smiled", "!."), _text("!12", "▁dogs"), _text("私", "!は", "医者"), _text("▁Mon", "!day", "▁is", "▁over")]  # fmt: skip
 
 
-@pytest.mark.parametrize("texts, expected", [(CAT, "token"), (MEANING, "synonym"), (ANIMALS, "semantic"), (NOTHING, "unrelated")])
+@pytest.mark.parametrize(
+    "texts, expected", [(CAT, "token"), (MEANING, "synonym"), (ANIMALS, "semantic"), (NOTHING, "unrelated")]
+)
 def test_granularity(texts, expected):
     assert language.granularity(texts) == expected
 
