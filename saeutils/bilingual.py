@@ -57,7 +57,7 @@ def split_pairs(pairs: Dataset, held_out: int, seed: int = 0) -> tuple[dict[str,
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A BPE of characters with bytes as the last resort; digits stand alone. BOS is the only special token."""
+    """A BPE of characters with bytes as the last resort; digits stand alone. BOS is the only special token, and pads too."""
     tokenizer = Tokenizer(BPE(byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(True), pre_tokenizers.Punctuation()]
@@ -70,7 +70,9 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(texts, trainer)
     fixed = json.loads(tokenizer.to_str())
     fixed["added_tokens"] = [t for t in fixed["added_tokens"] if t["content"] == BOS]  # bytes are ordinary entries
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(fixed)), bos_token=BOS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(fixed)), bos_token=BOS, eos_token=BOS, pad_token=BOS
+    )
 
 
 def first_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from saeutils import language
 from saeutils.activations import Activations
 
 DENSE = 2**26  # entries of the largest dense block of activations: 256 MB
@@ -151,7 +152,8 @@ def shaded(table: LatentTable, tokenizer, latent: int, docs: Sequence[int] | Non
     lines = []
     for doc in table.top_docs(latent, n) if docs is None else docs:
         inside = np.flatnonzero(table.doc == doc)
-        lines.append(shade([tokenizer.decode([int(table.token[i])]) for i in inside], values[inside], largest))
+        pieces, _ = language.pieces(tokenizer.convert_ids_to_tokens(table.token[inside].tolist()))
+        lines.append(shade(pieces, values[inside], largest))
     return "".join(lines) or f"<i>latent {latent} is silent on these {table.n_docs:,} texts</i>"
 
 
