@@ -83,22 +83,27 @@ def first_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: in
     return [t[: max((end for _, end in spans), default=0)] for t, spans in zip(texts, encoded["offset_mapping"])]
 
 
-def packed(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, context: int, seed: int) -> Tensor:
-    """All texts in a random order, BOS before each, cut into rows [n, context]."""
-    order = np.random.default_rng(seed).permutation(len(texts))
-    encoded = tokenizer([texts[i] for i in order], add_special_tokens=False)["input_ids"]
-    flat = np.concatenate([[tokenizer.bos_token_id, *ids] for ids in encoded])
+def packed(encoded: Sequence[Sequence[int]], bos: int, context: int, seed: int) -> Tensor:
+    """Token ids of all texts in a random order, BOS before each, cut into rows [n, context]."""
+    order = np.random.default_rng(seed).permutation(len(encoded))
+    flat = np.concatenate([[bos, *encoded[i]] for i in order])
     return torch.from_numpy(flat[: len(flat) // context * context].reshape(-1, context)).long()
 
 
 def train_lm(
     folder: Path, texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int, heads: int,
     context: int, batch: int, steps: Sequence[int], lr: float, seed: int = 0, device: str | None = None,
-) -> dict[int, Path]:  # fmt: skip
-    """Train from random weights and keep ``step-N`` for every N of ``steps``: {N: folder in transformers' format}, bf16.
+) -> dict[int, dict[str, str]]:  # fmt: skip
+    """Train from random weights and keep ``step-N`` for every N of ``steps``, in transformers' format and bf16.
 
     AdamW (.9, .95, weight decay .1), a warm-up over a fiftieth of the run, cosine to a tenth. A run that was killed goes on
     at its last kept step. Give N = 0 to keep the random weights.
+
+    Returns:
+        :func:`saeutils.models.checkpoints` of ``folder``.
+
+    Raises:
+        ValueError: the texts fill less than one batch.
     """
     device = device or models.default_device()
     config = LlamaConfig(
@@ -120,14 +125,15 @@ def train_lm(
         done = state["step"]
     elif 0 in steps:
         _keep(model, tokenizer, folder / "step-0000000")
-    per_epoch = len(packed(texts, tokenizer, context, seed)) // batch
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    per_epoch = sum(len(ids) + 1 for ids in encoded) // context // batch
     if not per_epoch:
         raise ValueError(f"the texts fill less than one batch of {batch} × {context} tokens: give more text")
     bar = tqdm(range(done, last), initial=done, total=last, desc="training the LM", unit=" steps")
     for step in bar:
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            rows = packed(texts, tokenizer, context, seed + epoch)
+            rows = packed(encoded, tokenizer.bos_token_id, context, seed + epoch)
         ids = rows[step % per_epoch * batch :][:batch].to(device)  # [batch, context]
         share = min(1, (step + 1) / max(1, last // 50)) * (0.55 + 0.45 * math.cos(math.pi * step / last))
         for group in optimizer.param_groups:

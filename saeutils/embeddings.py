@@ -3,7 +3,7 @@
 import io
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
@@ -33,14 +33,23 @@ def minilm(texts: Sequence[str], batch_size: int = 64) -> Tensor:
     kept = {k: v.float() for k, v in weights.items() if not k.startswith("pooler") and "position_ids" not in k}
     model.load_state_dict(kept)
     ids = [torch.tensor(e.ids) for e in tokenizer.encode_batch(list(texts))]
+
+    def encode(x: Tensor, real: Tensor) -> Tensor:
+        h = model(input_ids=x, attention_mask=real).last_hidden_state  # [batch, position, 384]
+        return F.normalize((h * real[..., None]).sum(1), dim=1)
+
+    return _batched(ids, config.hidden_size, batch_size, encode)
+
+
+def _batched(ids: list[Tensor], d: int, size: int, encode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``encode(ids, mask)`` [batch, position] → [batch, d], in batches of texts of like length; [n, d] in their own order."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    out = torch.zeros(len(ids), config.hidden_size)
-    for at in range(0, len(order), batch_size):
-        part = order[at : at + batch_size]
+    out = torch.zeros(len(ids), d)
+    for at in range(0, len(order), size):
+        part = order[at : at + size]
         x = torch.nn.utils.rnn.pad_sequence([ids[i] for i in part], batch_first=True)
         real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids[i]) for i in part], batch_first=True)
-        h = model(input_ids=x, attention_mask=real).last_hidden_state  # [batch, position, 384]
-        out[part] = F.normalize((h * real[..., None]).sum(1), dim=1)
+        out[part] = encode(x, real)
     return out
 
 
@@ -102,14 +111,7 @@ def multilingual(texts: Sequence[str], batch_size: int = 128) -> Tensor:
     """
     tokenizer, w = _multilingual()
     ids = [torch.tensor([1, *e.ids[:256], 2]) for e in tokenizer.encode_batch(list(texts))]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    out = torch.zeros(len(ids), w["p3"].shape[1])
-    for at in range(0, len(order), batch_size):
-        part = order[at : at + batch_size]
-        x = torch.nn.utils.rnn.pad_sequence([ids[i] for i in part], batch_first=True)
-        real = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids[i])) for i in part], batch_first=True)[..., None]
-        out[part] = _encode(w, x, real)
-    return out
+    return _batched(ids, w["p3"].shape[1], batch_size, lambda x, real: _encode(w, x, real[..., None].float()))
 
 
 def _encode(w: dict[str, Tensor], ids: Tensor, real: Tensor) -> Tensor:

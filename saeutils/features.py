@@ -34,9 +34,10 @@ class LatentTable:
 
     def of(self, latent: int) -> np.ndarray:
         """Activation of one latent at every token, [tokens]."""
-        if not 0 <= latent < self.acts.shape[1]:
-            raise ValueError(f"latent {latent} is outside the dictionary: 0…{self.acts.shape[1] - 1}")
-        return self.acts[:, [latent]].toarray()[:, 0]
+        rows, values = self._entries(latent)
+        out = np.zeros(self.acts.shape[0], self.acts.dtype)
+        out[rows] = values
+        return out
 
     def max_per_doc(self) -> sparse.csc_array:
         """Largest activation of every latent in every document, sparse [n_docs, d_sae]."""
@@ -47,28 +48,32 @@ class LatentTable:
         shape = (self.n_docs, self.acts.shape[1])
         return sparse.csc_array((top["value"], (top["doc"], top["latent"])), shape=shape)
 
-    def top_docs(self, latent: int, n: int = 8) -> list[int]:
-        """Documents by their largest activation of a latent, the strongest first (silent ones left out)."""
-        best = pd.Series(self.of(latent)).groupby(self.doc).max().sort_values(ascending=False)
-        return best[best > 0].index[:n].tolist()
-
     @cached_property
     def edges(self) -> np.ndarray:
         """Row at which each document begins, [n_docs + 1]."""
         return np.searchsorted(self.doc, np.arange(self.n_docs + 1))
 
-    def top_texts(self, latent: int, tokens: np.ndarray, n: int = 50) -> list[list[tuple[str, float]]]:
-        """The ``n`` documents with its largest activations as lists of (token, activation), the strongest first.
+    def _entries(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, values) at which a latent is active."""
+        if not 0 <= latent < self.acts.shape[1]:
+            raise ValueError(f"latent {latent} is outside the dictionary: 0…{self.acts.shape[1] - 1}")
+        span = slice(*self.acts.indptr[latent : latent + 2])
+        return self.acts.indices[span], self.acts.data[span]
 
-        ``tokens``: the token of every row as text, [tokens]. What :mod:`saeutils.language` reads.
+    def top_docs(self, latent: int, n: int = 8) -> list[int]:
+        """Documents by their largest activation of a latent, the strongest first (silent ones left out)."""
+        rows, values = self._entries(latent)
+        strongest = np.argsort(-values, kind="stable")[: (values > 0).sum()]
+        return list(dict.fromkeys(self.doc[rows[strongest]].tolist()))[:n]
+
+    def top_texts(self, latent: int, tokens: np.ndarray, n: int = 50) -> list[list[tuple[str, float]]]:
+        """The texts of :meth:`top_docs` as lists of (token, activation), what :mod:`saeutils.language` reads.
+
+        ``tokens``: the token of every row as text, [tokens].
         """
-        rows, values = (
-            self.acts.indices[slice(*(span := self.acts.indptr[latent : latent + 2]))],
-            self.acts.data[slice(*span)],
-        )
-        docs = list(dict.fromkeys(self.doc[rows[np.argsort(-values, kind="stable")]].tolist()))[:n]
-        dense = dict(zip(rows.tolist(), values.tolist()))
-        return [[(tokens[i], dense.get(i, 0.0)) for i in range(*self.edges[doc : doc + 2])] for doc in docs]
+        dense = dict(zip(*(part.tolist() for part in self._entries(latent))))
+        spans = (range(*self.edges[doc : doc + 2]) for doc in self.top_docs(latent, n))
+        return [[(tokens[i], dense.get(i, 0.0)) for i in span] for span in spans]
 
 
 @torch.no_grad()
@@ -151,7 +156,7 @@ def shaded(table: LatentTable, tokenizer, latent: int, docs: Sequence[int] | Non
     largest = max(values.max(), 1e-9)
     lines = []
     for doc in table.top_docs(latent, n) if docs is None else docs:
-        inside = np.flatnonzero(table.doc == doc)
+        inside = slice(*table.edges[doc : doc + 2])
         pieces, _ = language.pieces(tokenizer.convert_ids_to_tokens(table.token[inside].tolist()))
         lines.append(shade(pieces, values[inside], largest))
     return "".join(lines) or f"<i>latent {latent} is silent on these {table.n_docs:,} texts</i>"

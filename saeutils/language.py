@@ -93,12 +93,16 @@ def require(texts: Sequence[str], expected: str, share: float = 0.8) -> None:
         raise ValueError(f"the texts should be {expected!r} and are {mix or 'none'}: another column or data set?")
 
 
-def peak(text: Text) -> int | None:
-    """Where a text's largest activation is; None where there is none above zero."""
-    if not text:
+def _peak(text: Text) -> tuple[int, list[str], str] | None:
+    """Where a text's largest activation is, its tokens as text, and the language of the peak or, if neutral, of the text.
+
+    None without an activation above zero.
+    """
+    at = max(range(len(text)), key=lambda i: text[i][1], default=None)
+    if at is None or text[at][1] <= 0:
         return None
-    at = max(range(len(text)), key=lambda i: text[i][1])
-    return at if text[at][1] > 0 else None
+    shown, whole = pieces([token for token, _ in text])
+    return at, shown, language_of(shown[at]) or language_of(whole)
 
 
 def language_tendency(texts: Sequence[Text] | Sequence[Sequence[Text]], share: float = 0.9) -> str | list[str]:
@@ -116,14 +120,8 @@ def language_tendency(texts: Sequence[Text] | Sequence[Sequence[Text]], share: f
     """
     if nested(texts):
         return [language_tendency(latent, share) for latent in texts]
-    votes = Counter()
-    spoken = 0
-    for text in texts:
-        if (at := peak(text)) is not None:
-            spoken += 1
-            shown, whole = pieces([token for token, _ in text])
-            votes[language_of(shown[at]) or language_of(whole)] += 1
-    if not spoken:
+    votes = Counter(found[2] for text in texts if (found := _peak(text)))
+    if not votes:
         raise ValueError("no text with a positive activation: leave latents that never fire out")
     del votes[""]
     total = votes.total()
@@ -174,7 +172,7 @@ def signals(latents: Sequence[Sequence[Text]]) -> np.ndarray:
     peak's commonest neighbour. bilingual: how evenly peaks divide between two languages, 0 … 1. Cosines are those of
     multilingual sentence embeddings, less the mean word and the mean context.
     """
-    peaks = [[p for text in latent if (p := _peak(text))] for latent in latents]
+    peaks = [[_around(*found) for text in latent if (found := _peak(text))] for latent in latents]
     if short := [i for i, p in enumerate(peaks) if len(p) < 2]:
         raise ValueError(f"latents {short[:5]} have fewer than two texts with a positive activation: give at least two")
     strings = sorted({s for latent in peaks for p in latent for s in (p["word"], p["context"])})
@@ -182,16 +180,13 @@ def signals(latents: Sequence[Sequence[Text]]) -> np.ndarray:
     return np.array([_signals(latent, vectors) for latent in peaks])
 
 
-def _peak(text: Text) -> dict[str, str] | None:
-    """The peak's token, word, neighbours, context and language; None without a positive activation."""
-    if (at := peak(text)) is None:
-        return None
-    shown, whole = pieces([token for token, _ in text])
+def _around(at: int, shown: list[str], language: str) -> dict[str, str]:
+    """The peak's token, word, neighbours, context and language."""
     plain = [unicodedata.normalize("NFKC", s).casefold().strip() for s in shown]
     return {
         "token": plain[at] or shown[at], "word": _word(shown, at), "before": plain[at - 1] if at else "^",
         "after": plain[at + 1] if at + 1 < len(plain) else "$", "context": "".join(shown[max(0, at - AROUND) : at + AROUND + 1]).strip(),
-        "language": language_of(shown[at]) or language_of(whole),
+        "language": language,
     }  # fmt: skip
 
 

@@ -190,9 +190,8 @@ def identity(name: str, revision: str | None = None) -> str:
     return f"{name}@{Path(config).parent.name}"
 
 
-STEP = re.compile(
-    r"^(?:iter_|step-?)(\d+)(?:-tokens\w+)?$"
-)  # LLM-jp's and our folders; Pythia's, Lucie's, OLMo's revisions
+# folders of LLM-jp and of bilingual.train_lm; revisions of Pythia, Lucie, OLMo
+STEP = re.compile(r"^(?:iter_|step-?)(\d+)(?:-tokens\w+)?$")
 
 
 def checkpoints(source: str, wanted: Sequence[int] = ()) -> dict[int, dict[str, str]]:

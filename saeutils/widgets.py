@@ -212,9 +212,12 @@ def label_panel(
     typed, back = w.Text(placeholder="or type a letter here", continuous_update=True), w.Button(description="back")
     texts, state = w.HTML(), w.HTML()
 
+    def current() -> str | None:
+        return next((key for key in order if key not in done), None)
+
     def show() -> None:
-        left = [key for key in order if key not in done]
-        texts.value = _marked(queue[left[0]]) if left else "<b>all done</b>"
+        key = current()
+        texts.value = _marked(queue[key]) if key is not None else "<b>all done</b>"
         lines = [f"{len(done)} of {len(order)} labelled"]
         for name, theirs in {"automatic": automatic, **{n: _labels(p) for n, p in (others or {}).items()}}.items():
             both = [key for key in done if key in theirs]
@@ -228,9 +231,8 @@ def label_panel(
         os.replace(path.with_suffix(".tmp"), path)
 
     def label(kind: str) -> None:
-        left = [key for key in order if key not in done]
-        if left:
-            done[left[0]] = kind
+        if (key := current()) is not None:
+            done[key] = kind
             save()
         show()
 

@@ -32,7 +32,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-)  # fmt: skip
+)
 
 from saeutils import text
 

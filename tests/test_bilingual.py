@@ -38,9 +38,10 @@ def test_tokenizer_gives_every_text_back(tokenizer):
 
 
 def test_rows_are_packed(tokenizer):
-    rows = bilingual.packed(["I eat.", "You eat."] * 50, tokenizer, 16, seed=0)
+    encoded = tokenizer(["I eat.", "You eat."] * 50)["input_ids"]
+    rows = bilingual.packed(encoded, tokenizer.bos_token_id, 16, seed=0)
     assert rows.shape[1] == 16 and int(rows[0, 0]) == tokenizer.bos_token_id
-    assert not torch.equal(rows, bilingual.packed(["I eat.", "You eat."] * 50, tokenizer, 16, seed=1))
+    assert not torch.equal(rows, bilingual.packed(encoded, tokenizer.bos_token_id, 16, seed=1))
 
 
 def test_first_tokens(tokenizer):
