@@ -3,28 +3,21 @@
 Its two halves of text are no translations of each other: sentence pairs are split so that no pair is seen from both sides.
 """
 
-import copy
 import json
-import math
-import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
-from safetensors.torch import save_file
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from saeutils import models
+from saeutils import models, pretraining
 
 BOS = "<s>"
 
@@ -105,7 +98,6 @@ def train_lm(
     Raises:
         ValueError: the texts fill less than one batch.
     """
-    device = device or models.default_device()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3 // 16 * 16, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4 * context, tie_word_embeddings=True,
@@ -113,56 +105,17 @@ def train_lm(
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    last, done, epoch = max(steps), 0, -1
-    running = folder / "running.pt"
-    folder.mkdir(parents=True, exist_ok=True)
-    if running.exists():
-        state = torch.load(running, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
-    elif 0 in steps:
-        _keep(model, tokenizer, folder / "step-0000000")
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    per_epoch = sum(len(ids) + 1 for ids in encoded) // context // batch
-    if not per_epoch:
-        raise ValueError(f"the texts fill less than one batch of {batch} × {context} tokens: give more text")
-    bar = tqdm(range(done, last), initial=done, total=last, desc="training the LM", unit=" steps")
-    for step in bar:
-        if step // per_epoch != epoch:
-            epoch = step // per_epoch
+        model = LlamaForCausalLM(config).to(device or models.default_device())
+
+    def batches(at: int) -> Iterator[tuple[Tensor, Tensor]]:
+        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        per_epoch = sum(len(ids) + 1 for ids in encoded) // context // batch
+        if not per_epoch:
+            raise ValueError(f"the texts fill less than one batch of {batch} × {context} tokens: give more text")
+        for epoch in range(at // per_epoch, 2**31):
             rows = packed(encoded, tokenizer.bos_token_id, context, seed + epoch)
-        ids = rows[step % per_epoch * batch :][:batch].to(device)  # [batch, context]
-        share = min(1, (step + 1) / max(1, last // 50)) * (0.55 + 0.45 * math.cos(math.pi * step / last))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * share
-        with torch.autocast(device.split(":")[0], torch.bfloat16, models.default_dtype(device) == torch.bfloat16):
-            logits = model(ids).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
-        if step + 1 in steps:
-            _keep(model, tokenizer, folder / f"step-{step + 1:07d}")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, folder / "running.tmp")
-            os.replace(folder / "running.tmp", running)
-    return models.checkpoints(str(folder))
+            for n in range(at % per_epoch if epoch == at // per_epoch else 0, per_epoch):
+                ids = rows[n * batch :][:batch]  # [batch, context]
+                yield ids, torch.ones_like(ids, dtype=torch.bool)
 
-
-def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    tmp = folder.with_name(f".{folder.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    state = {k: v.detach().to("cpu", torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    tmp.mkdir(parents=True)
-    save_file(state, tmp / "model.safetensors", {"format": "pt"})
-    config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [type(model).__name__], "bfloat16"
-    config.save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
-    os.replace(tmp, folder)
+    return pretraining.fit(folder, model, tokenizer, batches, steps, lr)

@@ -66,9 +66,12 @@ def _selected(place: Tensor, wanted: slice | list[int], prompt: int) -> Tensor:
 
 
 def add(hook: str, direction: Tensor, strength: float = 1.0, positions: Positions = AFTER_BOS) -> Edit:
-    """x ← x + strength·direction, for ``direction`` [d] (not normalised here: the strength is in its units)."""
+    """x ← x + strength·direction, for ``direction`` [d], or [n, d] with one row for each edited position of a batch.
+
+    Not normalised here: the strength is in its units.
+    """
     vector = (strength * direction).detach().float()
-    return _edit(hook, len(vector), lambda x: vector.to(x.device).expand_as(x), positions)
+    return _edit(hook, vector.shape[-1], lambda x: vector.to(x.device).expand_as(x), positions)
 
 
 def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: Positions = AFTER_BOS) -> Edit:
@@ -175,14 +178,15 @@ def generate(
             length = len(ids[order[0]])
             batch = [i for i in order[:batch_size] if len(ids[i]) == length]
             order = order[len(batch) :]
-            made = _continue(lm, torch.stack([ids[i] for i in batch]), tokens, temperature)
+            made = continued(lm, torch.stack([ids[i] for i in batch]), tokens, temperature)
             for i, row in zip(batch, made):
                 out[i] = lm.tokenizer.decode(row, skip_special_tokens=True)
     return [out[i : i + samples] for i in range(0, len(out), samples)]
 
 
-def _continue(lm: TransformerBridge, ids: Tensor, tokens: int, temperature: float) -> Tensor:
-    """[batch, prompt] → sampled tokens [batch, tokens], with a key-value cache.
+@torch.no_grad()
+def continued(lm: TransformerBridge, ids: Tensor, tokens: int, temperature: float = 0.0) -> Tensor:
+    """Token ids [batch, prompt] → the tokens that follow [batch, tokens], with a key-value cache; greedy at temperature 0.
 
     Samples by inverting the cumulative distribution, one uniform number a row: over Gemma's 262k tokens this takes half the
     time of ``lm.generate``, which draws one number a token of the vocabulary.

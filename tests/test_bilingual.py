@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saeutils import archives, bilingual, models, steering, text
+from saeutils import archives, bilingual, models, pretraining, steering, text
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def test_first_tokens(tokenizer):
 
 
 def test_training_resumes_where_it_was_killed(tmp_path, halves, tokenizer, monkeypatch):
-    keep = bilingual._keep
+    keep = pretraining.keep
     size = dict(width=32, layers=2, heads=2, context=32, batch=8, lr=3e-3, device="cpu")
     docs = halves["ja"][:600] + halves["en"][:600]
     whole = bilingual.train_lm(tmp_path / "a", docs, tokenizer, steps=[0, 4, 8], **size)
     assert list(whole) == [0, 4, 8]
     monkeypatch.setattr(
-        bilingual,
-        "_keep",
+        pretraining,
+        "keep",
         lambda model, tok, folder: (
             (_ for _ in ()).throw(KeyboardInterrupt) if folder.name.endswith("8") else keep(model, tok, folder)
         ),

@@ -1,0 +1,266 @@
+"""AlignSAE (arXiv:2512.02004): an SAE whose first latents, the slots, are bound to concepts by supervision.
+
+Stage 1 trains an ordinary ReLU SAE; stage 2 adds three losses on the slots. The rest of the dictionary, the free bank,
+goes on reconstructing.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sae_lens import registry
+from sae_lens.saes.sae import SAE, SAEConfig, TrainStepInput
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig
+from torch import Tensor, nn
+
+from saeutils.training import train
+
+
+def bind_loss(slots: Tensor, relation: Tensor) -> Tensor:
+    """CE(softmax(z_concept), relation), the binding loss. slots [batch, R], relation [batch] in 0…R−1."""
+    return F.cross_entropy(slots, relation)
+
+
+def value_loss(slots: Tensor, head: nn.Module, answer: Tensor) -> Tensor:
+    """CE(V(z_concept), answer): the answer from the slots alone. ``head`` maps [batch, R] to [batch, answers] at once."""
+    return F.cross_entropy(head(slots), answer)
+
+
+def decorrelation(slots: Tensor, free: Tensor, eps: float = 1e-8) -> Tensor:
+    """‖corr(z_concept, z_free)‖²_F over a batch, [batch, R] and [batch, n_free] → scalar.
+
+    Only the R × n_free block of the correlation matrix is built, and ``free`` is never copied: as the slots are centred,
+    the product with the raw ``free`` is the covariance already. A latent that never fires correlates with nothing.
+    """
+    centred = slots - slots.mean(0)
+    covariance = centred.T @ free / len(free)  # [R, n_free]
+    var = free.pow(2).mean(0) - free.mean(0).pow(2)  # [n_free]
+    return (covariance.pow(2) / (centred.pow(2).mean(0)[:, None] * var.clamp_min(0) + eps)).sum()
+
+
+def _top(pre: Tensor, slots: int, k: int | None) -> Tensor:
+    """ReLU; of the free bank only the k largest of each row, where k is given."""
+    acts = pre.relu()
+    if k is None or k >= pre.shape[-1] - slots:
+        return acts
+    best = acts[..., slots:].topk(k, dim=-1)
+    kept = torch.zeros_like(acts[..., slots:]).scatter(-1, best.indices, best.values)
+    return torch.cat([acts[..., :slots], kept], dim=-1)
+
+
+@dataclass
+class AlignSAEConfig(StandardSAEConfig):
+    """An AlignSAE with a TopK free bank; without TopK it is saved as an ordinary ``standard`` SAE."""
+
+    slots: list[str] = field(default_factory=list)
+    free_k: int | None = None
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "alignsae"
+
+
+class AlignSAE(StandardSAE):
+    """z = [ReLU(pre)_slots ; TopK(ReLU(pre)_free)], linear decoder."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_post(_top(pre, len(self.cfg.slots), self.cfg.free_k))
+
+
+@dataclass
+class AlignTrainingSAEConfig(StandardTrainingSAEConfig):
+    """Settings of an AlignSAE; inputs are expected at mean norm √d (``Activations.scale``), decoder rows at norm 1.
+
+    Args:
+        slots: names of the concepts; slot i is latent i.
+        answers: how many different answers the value head tells apart; 0: no head.
+        bind, decorrelate, value: weights of the three losses of stage 2, all 0 for a plain SAE.
+        free_k: active latents of the free bank, in training and after; None: ReLU alone.
+    """
+
+    slots: list[str] = field(default_factory=list)
+    answers: int = 0
+    bind: float = 20.0
+    decorrelate: float = 0.5
+    value: float = 0.02
+    free_k: int | None = None
+    l1_coefficient: float = 0.05
+    decoder_init_norm: float | None = 1.0
+    apply_b_dec_to_input: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= len(self.slots) < self.d_sae or len(set(self.slots)) < len(self.slots):
+            raise ValueError(f"slots={self.slots}: give at least two different names, fewer than d_sae={self.d_sae}")
+        if self.free_k is not None and not 0 < self.free_k <= self.d_sae - len(self.slots):
+            raise ValueError(f"free_k={self.free_k} must lie between 1 and the {self.d_sae - len(self.slots)} free latents")
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "alignsae"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return AlignSAEConfig if self.free_k else StandardSAEConfig
+
+
+class AlignTrainingSAE(StandardTrainingSAE):
+    """Stage 1 while ``labels`` is None: ‖h − ĥ‖² + λ_sp‖z‖₁. Stage 2 adds binding, decorrelation and value losses.
+
+    ``labels``: (relation [batch], answer [batch]) of the batch that comes next; :func:`labelled` sets it. The penalty on
+    correlation moves the free bank only: the slots enter it as constants, or they would shrink to please it.
+    """
+
+    labels: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, cfg: AlignTrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        cfg.metadata.slots = list(cfg.slots)
+        self.head = nn.Linear(len(cfg.slots), cfg.answers, device=self.device, dtype=self.dtype) if cfg.answers else None
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        return self.hook_sae_acts_post(_top(pre, len(self.cfg.slots), self.cfg.free_k)), pre
+
+    def calculate_aux_loss(
+        self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
+        losses, cfg = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out), self.cfg
+        if self.labels is None:
+            return losses
+        relation, answer = (y.to(feature_acts.device) for y in self.labels)
+        slots, free = feature_acts[:, : len(cfg.slots)], feature_acts[:, len(cfg.slots) :]
+        if cfg.bind:
+            losses["bind_loss"] = cfg.bind * bind_loss(slots, relation)
+        if cfg.decorrelate:
+            losses["decorrelation_loss"] = cfg.decorrelate * decorrelation(slots.detach(), free)
+        if cfg.value and self.head is not None:
+            losses["value_loss"] = cfg.value * value_loss(slots, self.head, answer)
+        return losses
+
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        for name in [n for n in state_dict if n.startswith("head.")]:
+            del state_dict[name]
+
+
+if "alignsae" not in registry.SAE_TRAINING_CLASS_REGISTRY:
+    registry.register_sae_class("alignsae", AlignSAE, AlignSAEConfig)
+    registry.register_sae_training_class("alignsae", AlignTrainingSAE, AlignTrainingSAEConfig)
+
+
+def slot(sae: SAE, name: str) -> int:
+    """The latent bound to a concept.
+
+    Raises:
+        ValueError: the SAE has no slots, or none of that name.
+    """
+    names = sae.cfg.metadata.slots or []
+    if name not in names:
+        raise ValueError(f"no slot {name!r}; the SAE has {names or 'none: train it with saeutils.alignsae'}")
+    return names.index(name)
+
+
+def labelled(
+    saes: Iterable[AlignTrainingSAE], x: Tensor, relation: Tensor, answer: Tensor, batch: int, seed: int = 0
+) -> Callable[..., Iterator[Tensor]]:
+    """Endless shuffled batches of ``x`` [n, d]; the labels of each are set on every SAE as it leaves.
+
+    Raises:
+        ValueError: labels that do not match the rows, the slots or the value head.
+    """
+    saes = list(saes)
+    if not len(x) == len(relation) == len(answer):
+        raise ValueError(f"{len(x)} rows, {len(relation)} relations and {len(answer)} answers: one of each a row")
+    for sae in saes:
+        if relation.min() < 0 or relation.max() >= len(sae.cfg.slots):
+            raise ValueError(f"relations run to {int(relation.max())}, the SAE has {len(sae.cfg.slots)} slots: {sae.cfg.slots}")
+        if sae.head is not None and answer.max() >= sae.cfg.answers:
+            raise ValueError(f"answers run to {int(answer.max())}, the value head tells {sae.cfg.answers} apart")
+    batch = min(batch, len(x))
+
+    def batches(start: int = 0) -> Iterator[Tensor]:
+        per_epoch = len(x) // batch
+        for epoch in range(start // per_epoch, 2**31):
+            order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(x)))
+            for n in range(start % per_epoch if epoch == start // per_epoch else 0, per_epoch):
+                rows = order[n * batch : (n + 1) * batch]
+                for sae in saes:
+                    sae.labels = relation[rows], answer[rows]
+                yield x[rows]
+
+    return batches
+
+
+def fit(
+    saes: dict[str, AlignTrainingSAE], x: Tensor, relation: Tensor, answer: Tensor, *, stages: tuple[int, int] = (120, 300),
+    batch: int = 600, lr: float = 2e-3, seed: int = 0, **settings,
+) -> pd.DataFrame:  # fmt: skip
+    """Both stages, in place, all SAEs on one stream: steps of reconstruction alone, then with the labels.
+
+    ``settings`` go to :func:`saeutils.training.train`, whose history this returns with a column ``stage``.
+    """
+    batches = labelled(saes.values(), x, relation, answer, batch, seed)
+
+    def unlabelled(start: int = 0) -> Iterator[Tensor]:
+        for rows in batches(start):
+            for sae in saes.values():
+                sae.labels = None
+            yield rows
+
+    parts = [
+        train(saes, stream, steps, lr=lr, median_rows=rows, seed=seed, **settings).assign(stage=stage)
+        for stage, (stream, steps, rows) in enumerate(zip((unlabelled, batches), stages, (16_384, 0)), start=1)
+        if steps
+    ]
+    parts[-1]["step"] += stages[0] if len(parts) > 1 else 0
+    for sae in saes.values():
+        sae.labels = None
+    return pd.concat(parts, ignore_index=True)
+
+
+def extended(sae: AlignTrainingSAE, names: Sequence[str], answers: int = 0, freeze: bool = True) -> AlignTrainingSAE:
+    """A copy with slots for new concepts: the first free latents become slots; old slots keep their weights if ``freeze``."""
+    old = len(sae.cfg.slots)
+    cfg = replace(sae.cfg, slots=[*sae.cfg.slots, *names], answers=answers, metadata=copy.deepcopy(sae.cfg.metadata))
+    new = AlignTrainingSAE(cfg)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        getattr(new, name).data.copy_(getattr(sae, name).data)
+    if freeze:
+        new.W_enc.register_hook(lambda g: torch.cat([torch.zeros_like(g[:, :old]), g[:, old:]], dim=1))
+        for weight in (new.b_enc, new.W_dec):
+            weight.register_hook(lambda g: torch.cat([torch.zeros_like(g[:old]), g[old:]]))
+    return new
+
+
+@torch.no_grad()
+def fragmentation(z: Tensor, relation: Tensor) -> pd.DataFrame:
+    """How many latents carry a concept: EffFeat = exp(entropy) and Top1Conc = largest share, one row a concept.
+
+    Shares are those of the mean activation over the concept's rows, clipped at 0. z [n, latents], relation [n].
+    """
+    rows = []
+    for concept in relation.unique().tolist():
+        mean = z[relation == concept].float().mean(0).clamp_min(0)
+        share = mean / mean.sum().clamp_min(1e-12)
+        entropy = -(share * share.clamp_min(1e-12).log()).sum()
+        rows.append({"concept": concept, "EffFeat": float(entropy.exp()), "Top1Conc": float(share.max())})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def swap(sae: SAE, h: Tensor, source: Tensor, target: Tensor, value: Tensor) -> Tensor:
+    """What a concept swap adds to ``h`` [n, d]: latent ``source`` [n] set to 0, ``target`` [n] to ``value`` [n], decoded.
+
+    The difference of the two decodes, so the SAE's error stays in place.
+    """
+    z = sae.encode(h.to(sae.dtype))
+    changed, row = z.clone(), torch.arange(len(z), device=z.device)
+    changed[row, source] = 0
+    changed[row, target] = value.to(z)
+    return ((changed - z) @ sae.W_dec).float()

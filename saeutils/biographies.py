@@ -1,0 +1,204 @@
+"""A world of invented people: biographies to memorise, questions about them, and a language model that has learned both.
+
+After the world of AlignSAE (arXiv:2512.02004) and of "Physics of language models" (arXiv:2309.14316); names, values and
+sentences are our own, in ``data/biographies.json``.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from saeutils import archives, pretraining, steering
+
+PROMPT = "Q: {}\nA:"
+SHAPE = re.compile(r"Q: .+\nA:")
+END = "<|endoftext|>"
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+
+
+@functools.cache
+def lists() -> dict:
+    """Names; and for every relation its values (dates are made), fifty statements and four questions."""
+    return json.loads((archives.data_dir() / "biographies.json").read_text())
+
+
+def relations() -> list[str]:
+    """The six relations of the paper, then six more of ours."""
+    return list(lists()["relations"])
+
+
+def population(n: int, relations_: Sequence[str] | None = None, seed: int = 0) -> pd.DataFrame:
+    """``n`` people: columns name, pronoun, and one for each relation. The employer fixes the work city.
+
+    Raises:
+        ValueError: an unknown relation, more people than last names.
+    """
+    wanted = list(relations_ or relations()[:6])
+    if unknown := sorted(set(wanted) - set(relations())):
+        raise ValueError(f"unknown relations {unknown}: one of {relations()}")
+    if not 0 < n <= len(lists()["last"]):
+        raise ValueError(f"{n} people: there are names for 1 to {len(lists()['last']):,}")
+    rng, given = np.random.default_rng(seed), lists()
+    parts = rng.choice(given["first"], n), rng.choice(given["middle"], n), rng.permutation(given["last"])[:n]
+    people = pd.DataFrame({"name": [" ".join(p) for p in zip(*parts)], "pronoun": rng.choice(["he", "she"], n)})
+    for relation in relations():  # all, so that a person stays the same whichever are wanted
+        values = given["relations"][relation].get("values")
+        people[relation] = rng.choice(values, n) if values else _dates(n, rng) if relation == "birth date" else ""
+    offices = dict(zip(given["relations"]["employer"]["values"], rng.choice(given["relations"]["birth city"]["values"], 1000)))
+    people["work city"] = people["employer"].map(offices)
+    return people[["name", "pronoun", *wanted]]
+
+
+def _dates(n: int, rng: np.random.Generator) -> list[str]:
+    drawn = zip(rng.integers(1, 29, n), rng.integers(0, 12, n), rng.integers(1940, 2000, n))
+    return [f"{day} {MONTHS[month]} {year}" for day, month, year in drawn]
+
+
+def biographies(people: pd.DataFrame, variants: int = 5, seed: int = 0) -> list[str]:
+    """``variants`` texts a person: one statement for each relation, in random order; the name first, then the pronoun."""
+    rng, texts = np.random.default_rng(seed), []
+    for person in people.to_dict("records"):
+        for _ in range(variants):
+            said = rng.permutation(list(person)[2:])
+            drawn = [rng.choice(lists()["relations"][r]["statements"]) for r in said]
+            subjects = [person["name"], *[person["pronoun"]] * (len(said) - 1)]
+            told = [t.format(s=s, v=person[r]) for t, s, r in zip(drawn, subjects, said)]
+            texts.append(" ".join(t[0].upper() + t[1:] for t in told))
+    return texts
+
+
+def questions(people: pd.DataFrame, unseen: float = 0.1, seed: int = 0) -> pd.DataFrame:
+    """Every question about every person: columns person (row of ``people``), relation, template, split, prompt, answer.
+
+    split: ``train`` (templates 0 and 1 of most people), ``unseen template`` (2 and 3 of the same people), ``unseen
+    person`` (0 and 1 of a share ``unseen`` of the people), ``unseen both``. Nothing but ``train`` is ever trained on;
+    the biographies of unseen people are.
+    """
+    rng = np.random.default_rng(seed)
+    strangers = set(rng.permutation(len(people))[: max(1, round(unseen * len(people)))].tolist())
+    names = {(False, False): "train", (False, True): "unseen template", (True, False): "unseen person"}
+    rows = [
+        (i, relation, n, names.get((i in strangers, n >= 2), "unseen both"), PROMPT.format(q.format(s=person["name"], p=person["pronoun"])),
+         person[relation])
+        for i, person in enumerate(people.to_dict("records"))
+        for relation in people.columns[2:]
+        for n, q in enumerate(lists()["relations"][relation]["questions"])
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["person", "relation", "template", "split", "prompt", "answer"])
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE like GPT-2's: a blank belongs to the word after it; one special token, which begins and ends."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
+
+
+def memorise(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], asked: pd.DataFrame,
+    *, steps: int, batch: int, lr: float, seed: int = 0,
+) -> str:  # fmt: skip
+    """Train an LM on biographies (every token counts) and questions (the answer's tokens count), end token included.
+
+    Rows of like length share a batch, and padding is neither predicted nor seen. A killed run goes on where it stopped.
+
+    Returns:
+        the folder of the trained model, as :func:`saeutils.models.load_lm` takes it.
+    """
+    pairs = [("", text) for text in texts] + list(zip(asked["prompt"], " " + asked["answer"]))
+    heads, tails = (tokenizer([p[i] for p in pairs], add_special_tokens=False)["input_ids"] for i in (0, 1))
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = [torch.tensor([start, *head, *tail, end]) for head, tail in zip(heads, tails)]
+    told = [1 + len(head) for head in heads]  # tokens that are given
+
+    def batches(at: int) -> Iterator[tuple[Tensor, Tensor]]:
+        per_epoch = -(-len(rows) // batch)
+        for epoch in range(at // per_epoch, 2**31):
+            rng = np.random.default_rng([seed, epoch])
+            order = sorted(rng.permutation(len(rows)), key=lambda i: len(rows[i]) // 8)  # stable: random within a length
+            for n in rng.permutation(per_epoch)[at % per_epoch if epoch == at // per_epoch else 0 :]:
+                part = order[n * batch : (n + 1) * batch]
+                ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in part], batch_first=True)  # [batch, position]
+                place = torch.arange(ids.shape[1])
+                first, last = (torch.tensor([v[i] for i in part])[:, None] for v in (told, [len(r) for r in rows]))
+                yield ids, (place >= first) & (place < last)
+
+    found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, betas=(0.9, 0.999))
+    return found[steps]["name"]
+
+
+def require_prompts(prompts: Sequence[str]) -> None:
+    """Questions must be ``Q: …\\nA:``, the shape that the LM was trained on.
+
+    Raises:
+        ValueError: one is not, it is shown.
+    """
+    if bad := [p for p in prompts if not SHAPE.fullmatch(p)]:
+        raise ValueError(f"{bad[0]!r} is not a question: write {PROMPT.format('…')!r}, nothing after it")
+
+
+@torch.no_grad()
+def answers(
+    lm: TransformerBridge, prompts: Sequence[str], hook: str = "", delta: Tensor | None = None, *, tokens: int = 12,
+    batch_size: int = 256,
+) -> list[str]:  # fmt: skip
+    """Greedy answers, up to the end token; row i of ``delta`` [n, d] is added at ``hook`` on prompt i's last token."""
+    require_prompts(prompts)
+    ids = [lm.to_tokens(p)[0] for p in prompts]
+    out = [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    while order:
+        part = [i for i in order[:batch_size] if len(ids[i]) == len(ids[order[0]])]
+        order = order[len(part) :]
+        edits = [] if delta is None else [steering.add(hook, delta[part], positions=[-1])]
+        with steering.edited(lm, edits):
+            made = steering.continued(lm, torch.stack([ids[i] for i in part]), tokens)
+        for i, row in zip(part, made.tolist()):
+            stop = row.index(lm.tokenizer.eos_token_id) if lm.tokenizer.eos_token_id in row else len(row)
+            out[i] = lm.tokenizer.decode(row[:stop]).strip()
+    return out
+
+
+@torch.no_grad()
+def last_states(lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256) -> dict[str, Tensor]:
+    """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
+    require_prompts(prompts)
+    ids = [lm.to_tokens(p)[0] for p in prompts]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+    for at in range(0, len(order), batch_size):
+        part = [ids[i] for i in order[at : at + batch_size]]
+        end = torch.tensor([len(p) - 1 for p in part], device=part[0].device)
+
+        def look(x: Tensor, hook, to: list[Tensor], end: Tensor = end) -> None:
+            to.append(x[torch.arange(len(x)), end].float().cpu())
+
+        with steering.edited(lm, [(hook, functools.partial(look, to=to)) for hook, to in kept.items()]):
+            lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True), return_type=None)
+    back = torch.tensor(order).argsort()
+    return {hook: torch.cat(parts)[back] for hook, parts in kept.items()}
+
+
+def require_recall(right: pd.Series | np.ndarray, least: float) -> None:
+    """An LM that has not memorised its world has nothing for an SAE to bind.
+
+    Raises:
+        ValueError: fewer than the share ``least`` of training questions are answered right.
+    """
+    if (share := float(np.mean(right))) < least:
+        raise ValueError(f"the LM answers {share:.0%} of its training questions, {least:.0%} are needed: train it for more steps")

@@ -1,0 +1,92 @@
+"""The training loop of small language models: kept checkpoints, a schedule, and a run that goes on where it was killed."""
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from saeutils import models
+
+
+def fit(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
+    steps: Sequence[int], lr: float, *, betas: tuple[float, float] = (0.9, 0.95), every: int = 500,
+) -> dict[int, dict[str, str]]:  # fmt: skip
+    """Train in place and keep ``step-N`` for every N of ``steps`` (0: the weights it starts from), in transformers' format and bf16.
+
+    AdamW (weight decay .1), a warm-up over a fiftieth of the run, cosine to a tenth, gradient norm clipped at 1.
+
+    Args:
+        batches: step → iterator from that step of (ids [batch, position], wanted: which tokens are to be predicted).
+        every: steps between states to go on from; each kept step writes one too.
+
+    Returns:
+        :func:`saeutils.models.checkpoints` of ``folder``.
+    """
+    last, done = max(steps), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    if all((folder / f"step-{n:07d}").exists() for n in steps):
+        return models.checkpoints(str(folder), steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=betas, weight_decay=0.1, fused=True)
+    running = folder / "running.pt"
+    if running.exists():
+        state = torch.load(running, map_location=model.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    elif 0 in steps:
+        keep(model, tokenizer, folder / "step-0000000")
+    kind = model.device.type
+    half = models.default_dtype(kind) == torch.bfloat16 or kind == "cuda"
+    dtype = torch.bfloat16 if models.default_dtype(kind) == torch.bfloat16 else torch.float16
+    scaler = torch.amp.GradScaler(kind, enabled=half and dtype == torch.float16)  # a T4 has no bf16
+    model.train()
+    bar = tqdm(zip(range(done, last), batches(done)), initial=done, total=last, desc="training the LM", unit=" steps")
+    for step, (ids, wanted) in bar:
+        share = min(1, (step + 1) / max(1, last // 50)) * (0.55 + 0.45 * math.cos(math.pi * step / last))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share
+        ids, wanted = ids.to(model.device), wanted[:, 1:].to(model.device)
+        with torch.autocast(kind, dtype, half):
+            hidden = model.base_model(ids).last_hidden_state[:, :-1]  # [batch, position − 1, d]
+            logits = model.get_output_embeddings()(hidden[wanted])  # most of a small model's work: only where it counts
+        loss = F.cross_entropy(logits.float(), ids[:, 1:][wanted])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+        if step + 1 in steps:
+            keep(model, tokenizer, folder / f"step-{step + 1:07d}")
+        if step + 1 in steps or (step + 1) % every == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            torch.save(state, folder / "running.tmp")
+            os.replace(folder / "running.tmp", running)
+    return models.checkpoints(str(folder), steps)
+
+
+def keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model with tied embeddings in transformers' format, bf16, under a temporary name first."""
+    tmp = folder.with_name(f".{folder.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    state = {k: v.detach().to("cpu", torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    tmp.mkdir(parents=True)
+    save_file(state, tmp / "model.safetensors", {"format": "pt"})
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], "bfloat16"
+    config.save_pretrained(tmp)
+    tokenizer.save_pretrained(tmp)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(tmp, folder)
