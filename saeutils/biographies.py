@@ -24,7 +24,20 @@ from saeutils import archives, pretraining, steering
 PROMPT = "Q: {}\nA:"
 SHAPE = re.compile(r"Q: .+\nA:")
 END = "<|endoftext|>"
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
 
 
 @functools.cache
@@ -55,7 +68,9 @@ def population(n: int, relations_: Sequence[str] | None = None, seed: int = 0) -
     for relation in relations():  # all, so that a person stays the same whichever are wanted
         values = given["relations"][relation].get("values")
         people[relation] = rng.choice(values, n) if values else _dates(n, rng) if relation == "birth date" else ""
-    offices = dict(zip(given["relations"]["employer"]["values"], rng.choice(given["relations"]["birth city"]["values"], 1000)))
+    offices = dict(
+        zip(given["relations"]["employer"]["values"], rng.choice(given["relations"]["birth city"]["values"], 1000))
+    )
     people["work city"] = people["employer"].map(offices)
     return people[["name", "pronoun", *wanted]]
 
@@ -130,7 +145,9 @@ def memorise(
         per_epoch = -(-len(rows) // batch)
         for epoch in range(at // per_epoch, 2**31):
             rng = np.random.default_rng([seed, epoch])
-            order = sorted(rng.permutation(len(rows)), key=lambda i: len(rows[i]) // 8)  # stable: random within a length
+            order = sorted(
+                rng.permutation(len(rows)), key=lambda i: len(rows[i]) // 8
+            )  # stable: random within a length
             for n in rng.permutation(per_epoch)[at % per_epoch if epoch == at // per_epoch else 0 :]:
                 part = order[n * batch : (n + 1) * batch]
                 ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in part], batch_first=True)  # [batch, position]
@@ -175,7 +192,9 @@ def answers(
 
 
 @torch.no_grad()
-def last_states(lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256) -> dict[str, Tensor]:
+def last_states(
+    lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256
+) -> dict[str, Tensor]:
     """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
     require_prompts(prompts)
     ids = [lm.to_tokens(p)[0] for p in prompts]
@@ -201,4 +220,6 @@ def require_recall(right: pd.Series | np.ndarray, least: float) -> None:
         ValueError: fewer than the share ``least`` of training questions are answered right.
     """
     if (share := float(np.mean(right))) < least:
-        raise ValueError(f"the LM answers {share:.0%} of its training questions, {least:.0%} are needed: train it for more steps")
+        raise ValueError(
+            f"the LM answers {share:.0%} of its training questions, {least:.0%} are needed: train it for more steps"
+        )

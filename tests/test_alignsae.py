@@ -71,15 +71,20 @@ def test_losses_of_stage_2_are_the_formulas():
     sae, (x, relation, answer) = make(), world()
     sae.labels = relation, answer
     out = sae.training_forward_pass(alignsae.TrainStepInput(x, {"l1": 0.05}, None, 0, False))
-    z = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
-    assert out.losses["mse_loss"] == pytest.approx(float((x - z @ sae.W_dec - sae.b_dec).pow(2).sum(1).mean()), rel=1e-5)
-    assert out.losses["l1_loss"] == pytest.approx(0.05 * float(z.sum(1).mean()), rel=1e-5)
-    log_p = z[:, :3].log_softmax(1)
-    assert out.losses["bind_loss"] == pytest.approx(20 * -float(log_p[range(len(x)), relation].mean()), rel=1e-5)
-    assert out.losses["decorrelation_loss"] == pytest.approx(0.5 * float(alignsae.decorrelation(z[:, :3], z[:, 3:])), rel=1e-4)
-    log_v = (z[:, :3] @ sae.head.weight.T + sae.head.bias).log_softmax(1)
-    assert out.losses["value_loss"] == pytest.approx(0.02 * -float(log_v[range(len(x)), answer].mean()), rel=1e-5)
-    assert float(out.loss) == pytest.approx(sum(map(float, out.losses.values())), rel=1e-6)
+    with torch.no_grad():
+        z = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+        log_p, log_v = z[:, :3].log_softmax(1), (z[:, :3] @ sae.head.weight.T + sae.head.bias).log_softmax(1)
+        expected = {
+            "mse_loss": (x - z @ sae.W_dec - sae.b_dec).pow(2).sum(1).mean(),
+            "l1_loss": 0.05 * z.sum(1).mean(),
+            "bind_loss": 20 * -log_p[range(len(x)), relation].mean(),
+            "decorrelation_loss": 0.5 * naive_decorrelation(z[:, :3], z[:, 3:]),
+            "value_loss": 0.02 * -log_v[range(len(x)), answer].mean(),
+        }
+    assert set(out.losses) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(out.losses[name], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.loss, sum(expected.values()), rtol=1e-4, atol=1e-5)
 
 
 def test_two_stages_bind_and_a_plain_sae_does_not():
@@ -90,6 +95,17 @@ def test_two_stages_bind_and_a_plain_sae_does_not():
     assert right["aligned"] > 0.98 and right["plain"] < 0.9
     assert set(history.stage) == {1, 2} and history.step.max() == 150
     assert history[history.stage == 1]["bind_loss"].isna().all()
+
+
+def test_a_dead_slot_is_woken_between_the_stages():
+    x, relation, _ = world()
+    sae = make()
+    sae.b_enc.data[1] = -50
+    before = sae.W_enc[:, [0, 2]].clone()
+    assert alignsae.wake(sae, x, relation) == [NAMES[1]]
+    assert float((sae.encode(x)[relation == 1, 1] > 0).float().mean()) > 0.9
+    torch.testing.assert_close(sae.W_enc[:, [0, 2]], before)
+    assert alignsae.wake(make(bind=0), x, relation) == []
 
 
 def test_stage_1_alone_is_a_standard_sae():
@@ -111,7 +127,7 @@ def test_saves_and_loads_as_a_saelens_sae(tmp_path, free_k, architecture):
     assert loaded.cfg.architecture() == architecture and loaded.cfg.metadata.slots == NAMES
     torch.testing.assert_close(loaded(2 * x), sae(2 * x))
     assert alignsae.slot(loaded, "major") == 1
-    with pytest.raises(ValueError, match="no slot 'employer'.*birth city"):
+    with pytest.raises(ValueError, match=r"no slot 'employer'.*birth city"):
         alignsae.slot(loaded, "employer")
 
 
