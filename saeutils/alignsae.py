@@ -40,8 +40,8 @@ def decorrelation(slots: Tensor, free: Tensor, eps: float = 1e-8) -> Tensor:
     """
     centred = slots - slots.mean(0)
     covariance = centred.T @ free / len(free)  # [R, n_free]
-    var = free.pow(2).mean(0) - free.mean(0).pow(2)  # [n_free]
-    return (covariance.pow(2) / (centred.pow(2).mean(0)[:, None] * var.clamp_min(0) + eps)).sum()
+    var = free.var(0, correction=0)  # [n_free]
+    return (covariance.pow(2) / (centred.pow(2).mean(0)[:, None] * var + eps)).sum()
 
 
 def _top(pre: Tensor, slots: int, k: int | None) -> Tensor:
@@ -120,6 +120,7 @@ class AlignTrainingSAE(StandardTrainingSAE):
     """
 
     labels: tuple[Tensor, Tensor] | None = None
+    frozen: int = 0  # the first so many slots keep their weights
 
     def __init__(self, cfg: AlignTrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -212,6 +213,8 @@ def fit(
 
     Slots that stage 1 has left (nearly) dead are woken between the two, see :func:`wake`. ``settings`` go to :func:`saeutils.training.train`, whose history this returns with a column ``stage``.
     """
+    if settings.get("orders"):
+        raise ValueError("orders shuffles rows away from their labels: leave it out")
     batches = labelled(saes.values(), x, relation, answer, batch, seed)
 
     def unlabelled(start: int = 0) -> Iterator[Tensor]:
@@ -244,6 +247,8 @@ def wake(sae: AlignTrainingSAE, x: Tensor, relation: Tensor, share: float = 0.1)
     """
     woken = []
     for i, name in enumerate(sae.cfg.slots if sae.cfg.bind else []):
+        if i < sae.frozen:
+            continue
         own = x[relation == i].to(sae.W_enc)
         if len(own) and float(((own - sae.b_dec) @ sae.W_enc[:, i] + sae.b_enc[i] > 0).float().mean()) < share:
             direction = F.normalize(own.mean(0) - x.to(own).mean(0), dim=0)
@@ -253,33 +258,27 @@ def wake(sae: AlignTrainingSAE, x: Tensor, relation: Tensor, share: float = 0.1)
     return woken
 
 
-def extended(sae: AlignTrainingSAE, names: Sequence[str], answers: int = 0, freeze: bool = True) -> AlignTrainingSAE:
-    """A copy with slots for new concepts: the first free latents become slots; old slots keep their weights if ``freeze``."""
+def extended(
+    sae: AlignTrainingSAE, names: Sequence[str], answers: int = 0, freeze: bool = True, seed: int = 0
+) -> AlignTrainingSAE:
+    """A copy with slots for new concepts: the first free latents become slots, the value head is new.
+
+    With ``freeze`` the old slots stay the functions that they are: their weights and ``b_dec`` take no gradient.
+    """
     old = len(sae.cfg.slots)
     cfg = replace(sae.cfg, slots=[*sae.cfg.slots, *names], answers=answers, metadata=copy.deepcopy(sae.cfg.metadata))
-    new = AlignTrainingSAE(cfg)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        new = AlignTrainingSAE(cfg)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(new, name).data.copy_(getattr(sae, name).data)
     if freeze:
+        new.frozen = old
         new.W_enc.register_hook(lambda g: torch.cat([torch.zeros_like(g[:, :old]), g[:, old:]], dim=1))
         for weight in (new.b_enc, new.W_dec):
             weight.register_hook(lambda g: torch.cat([torch.zeros_like(g[:old]), g[old:]]))
+        new.b_dec.register_hook(torch.zeros_like)
     return new
-
-
-@torch.no_grad()
-def fragmentation(z: Tensor, relation: Tensor) -> pd.DataFrame:
-    """How many latents carry a concept: EffFeat = exp(entropy) and Top1Conc = largest share, one row a concept.
-
-    Shares are those of the mean activation over the concept's rows, clipped at 0. z [n, latents], relation [n].
-    """
-    rows = []
-    for concept in relation.unique().tolist():
-        mean = z[relation == concept].float().mean(0).clamp_min(0)
-        share = mean / mean.sum().clamp_min(1e-12)
-        entropy = -(share * share.clamp_min(1e-12).log()).sum()
-        rows.append({"concept": concept, "EffFeat": float(entropy.exp()), "Top1Conc": float(share.max())})
-    return pd.DataFrame(rows)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ sentences are our own, in ``data/biographies.json``.
 """
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -130,12 +131,15 @@ def memorise(
 ) -> str:  # fmt: skip
     """Train an LM on biographies (every token counts) and questions (the answer's tokens count), end token included.
 
-    Rows of like length share a batch, and padding is neither predicted nor seen. A killed run goes on where it stopped.
+    Rows of like length share a batch, and padding is neither predicted nor seen. A killed run goes on where it stopped;
+    a finished one with the same texts, model and settings is found in ``folder``.
 
     Returns:
         the folder of the trained model, as :func:`saeutils.models.load_lm` takes it.
     """
     pairs = [("", text) for text in texts] + list(zip(asked["prompt"], " " + asked["answer"]))
+    settings = json.dumps([pairs, steps, batch, lr, seed, model.config.to_json_string()], default=str)
+    folder = folder / hashlib.sha256(settings.encode()).hexdigest()[:12]
     heads, tails = (tokenizer([p[i] for p in pairs], add_special_tokens=False)["input_ids"] for i in (0, 1))
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     rows = [torch.tensor([start, *head, *tail, end]) for head, tail in zip(heads, tails)]

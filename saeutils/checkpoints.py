@@ -78,8 +78,8 @@ def restore(path: Path, trainer) -> None:
     """
     saved = json.loads((path / "cfg.json").read_text())
     extra = torch.load(path / "extra.pt", weights_only=True)
-    shape = ("d_in", "d_sae", "k", "target_l0")
-    changed = [k for k in shape if saved.get(k) != getattr(trainer.sae.cfg, k, None)]
+    cfg = json.loads(json.dumps(trainer.sae.cfg.to_dict()))
+    changed = [k for k, v in saved.items() if k not in ("metadata", "device", "dtype") and cfg.get(k, v) != v]
     if changed := changed + [k for k, v in trainer.settings.items() if extra[k] != v]:
         raise ValueError(f"{path} was trained with another {', '.join(changed)}: give another checkpoint folder")
     trainer.sae.load_weights_from_checkpoint(path)

@@ -1,6 +1,7 @@
 """Measures of SAEs and of their dictionaries."""
 
 import numpy as np
+import pandas as pd
 import torch
 from sae_lens.saes.sae import SAE
 from scipy.stats import rankdata
@@ -74,3 +75,18 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
         raise ValueError("AUROC needs both classes among the labels")
     ranks = rankdata(scores, axis=0)  # [n, m]
     return (ranks[labels].sum(0) - positive * (positive + 1) / 2) / (positive * negative)
+
+
+@torch.no_grad()
+def fragmentation(z: Tensor, relation: Tensor) -> pd.DataFrame:
+    """How many latents carry a concept: EffFeat = exp(entropy) and Top1Conc = largest share, one row a concept.
+
+    Shares are those of the mean activation over the concept's rows, clipped at 0; NaN where all are silent. z [n, latents], relation [n].
+    """
+    rows = []
+    for concept in relation.unique().tolist():
+        mean = z[relation == concept].float().mean(0).clamp_min(0)
+        share = mean / mean.sum()
+        entropy = -(share * share.clamp_min(1e-12).log()).sum()
+        rows.append({"concept": concept, "EffFeat": float(entropy.exp()), "Top1Conc": float(share.max())})
+    return pd.DataFrame(rows)

@@ -49,7 +49,9 @@ def fit(
     half = models.default_dtype(kind) == torch.bfloat16 or kind == "cuda"
     dtype = torch.bfloat16 if models.default_dtype(kind) == torch.bfloat16 else torch.float16
     scaler = torch.amp.GradScaler(kind, enabled=half and dtype == torch.float16)  # a T4 has no bf16
-    model.train()
+    if done:
+        scaler.load_state_dict(state["scaler"])
+    model.eval()  # no dropout: a run can be repeated, and goes on as if it had not stopped
     bar = tqdm(zip(range(done, last), batches(done)), initial=done, total=last, desc="training the LM", unit=" steps")
     for step, (ids, wanted) in bar:
         share = min(1, (step + 1) / max(1, last // 50)) * (0.55 + 0.45 * math.cos(math.pi * step / last))
@@ -60,6 +62,8 @@ def fit(
             hidden = model.base_model(ids).last_hidden_state[:, :-1]  # [batch, position − 1, d]
             logits = model.get_output_embeddings()(hidden[wanted])  # most of a small model's work: only where it counts
         loss = F.cross_entropy(logits.float(), ids[:, 1:][wanted])
+        if not torch.isfinite(loss):
+            raise ValueError(f"loss is {loss.item()} at step {step}: take a smaller lr")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -72,6 +76,7 @@ def fit(
             keep(model, tokenizer, folder / f"step-{step + 1:07d}")
         if step + 1 in steps or (step + 1) % every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state["scaler"] = scaler.state_dict()
             torch.save(state, folder / "running.tmp")
             os.replace(folder / "running.tmp", running)
     return models.checkpoints(str(folder), steps)

@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from scipy.stats import entropy
 
-from saeutils import alignsae, initializers
+from saeutils import alignsae, initializers, metrics
 from saeutils.training import train
 
 NAMES = ["birth city", "major", "pet"]
@@ -110,7 +111,11 @@ def test_a_dead_slot_is_woken_between_the_stages():
 
 def test_stage_1_alone_is_a_standard_sae():
     x, relation, answer = world()
-    ours, theirs = make(), make(bind=0, decorrelate=0, value=0)
+    ours = make()
+    cfg = StandardTrainingSAEConfig(d_in=8, d_sae=23, l1_coefficient=0.05, apply_b_dec_to_input=True)
+    theirs = StandardTrainingSAE(cfg)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        getattr(theirs, name).data.copy_(getattr(ours, name).data)
     alignsae.fit({"": ours}, x, relation, answer, stages=(20, 0), batch=60, progress=False)
     batches = alignsae.labelled([], x, relation, answer, 60)
     train(theirs, batches, 20, lr=2e-3, progress=False)
@@ -139,14 +144,15 @@ def test_topk_acts_on_the_free_bank_only():
     torch.testing.assert_close(z[:, 3:].sum(1), dense[:, 3:].topk(4, dim=1).values.sum(1))
 
 
-def test_a_killed_run_goes_on_with_the_right_labels(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [3, 7])  # the callback counts the steps of each stage
+def test_a_killed_run_goes_on_with_the_right_labels(tmp_path, at):
     x, relation, answer = world()
-    settings_ = {"stages": (0, 12), "batch": 60, "progress": False, "checkpoint_every": 4}
+    settings_ = {"stages": (5, 9), "batch": 60, "progress": False, "checkpoint_every": 2}
     whole, broken = make(), make()
     alignsae.fit({"a": whole}, x, relation, answer, **settings_)
 
     def dies(step, *_):
-        if step == 7:
+        if step == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -166,17 +172,19 @@ def test_new_slots_leave_the_old_ones_alone():
     alignsae.fit({"": more}, x, torch.full_like(relation, 3), answer, stages=(0, 20), batch=80, progress=False)
     for was, weight in zip(before, (more.W_enc[:, :3], more.W_dec[:3], more.b_enc[:3])):
         torch.testing.assert_close(weight, was)
+    torch.testing.assert_close(more.encode(x)[:, :3], sae.encode(x)[:, :3])
     assert more.cfg.metadata.slots == [*NAMES, "hobby"] and sae.cfg.metadata.slots == NAMES
 
 
 def test_fragmentation_is_entropy_of_mean_activations():
     z, relation = torch.randn(90, 7, generator=torch.Generator().manual_seed(1)), torch.arange(90) % 3
-    table = alignsae.fragmentation(z, relation).set_index("concept")
+    table = metrics.fragmentation(z, relation).set_index("concept")
     share = z[relation == 1].mean(0).clamp_min(0).numpy()
     assert table.EffFeat[1] == pytest.approx(np.exp(entropy(share)), rel=1e-5)
     assert table.Top1Conc[1] == pytest.approx((share / share.sum()).max(), rel=1e-5)
-    one = alignsae.fragmentation(torch.eye(3)[relation], relation)
+    one = metrics.fragmentation(torch.eye(3)[relation], relation)
     np.testing.assert_allclose(one[["EffFeat", "Top1Conc"]], 1, rtol=1e-5)
+    assert metrics.fragmentation(torch.zeros(9, 4), relation[:9]).EffFeat.isna().all()
 
 
 def test_swap_adds_the_difference_of_two_decodes():
@@ -198,6 +206,8 @@ def test_what_is_refused():
         alignsae.labelled([make()], x, relation, answer[:9], 10)
     with pytest.raises(ValueError, match="answers run to 9, the value head tells 5 apart"):
         alignsae.labelled([make()], x, relation, answer + 5, 10)
+    with pytest.raises(ValueError, match="orders shuffles rows away"):
+        alignsae.fit({"a": make()}, x, relation, answer, orders={"a": 1})
     with pytest.raises(ValueError, match="at least two different names"):
         alignsae.AlignTrainingSAEConfig(d_in=8, d_sae=20, slots=["a", "a"])
     with pytest.raises(ValueError, match="free_k=30"):
