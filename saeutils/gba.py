@@ -54,6 +54,8 @@ class GBATrainingSAEConfig(TrainingSAEConfig):
             raise ValueError(
                 f"frequencies={f} must fall, all between 0 and 1: see gba.geometric(highest, lowest, groups)"
             )
+        if self.every < 1 or min(self.down, self.up, self.silent) < 0:
+            raise ValueError(f"every={self.every} must be at least 1; down, up and silent not negative")
         if self.d_sae % len(f):
             raise ValueError(f"{len(f)} groups do not divide d_sae={self.d_sae}: take a multiple of {len(f)}")
         if self.normalize_activations != "none" or not self.apply_b_dec_to_input:
@@ -68,13 +70,17 @@ class GBATrainingSAEConfig(TrainingSAEConfig):
     def get_inference_config_class(self) -> type[SAEConfig]:
         return JumpReLUSAEConfig
 
+    def get_inference_sae_cfg_dict(self) -> dict[str, Any]:
+        return super().get_inference_sae_cfg_dict() | {"normalize_activations": "constant_norm_rescale"}
+
 
 class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
     """x̂ = Σ_m a_m w_m φ(w_mᵀ(x − b_pre) + b_m) + b_pre with φ(y) = (y − b_m)·1[y > 0], ‖w_m‖ = 1; loss ½‖x̂ − x‖².
 
     φ gates without shrinking: the output is w_mᵀ(x − b_pre) wherever that exceeds −b_m, a JumpReLU of threshold −b_m.
     ``W_dec`` holds w, ``W_enc`` is its transpose, ``b_enc`` the biases (a buffer: no gradient), ``amplitude`` a. Counts and
-    maxima since the last update are buffers too, so a checkpoint resumes exactly. Saved as an ordinary ``jumprelu`` SAE.
+    maxima since the last update are buffers too, so a checkpoint resumes exactly. Saved as an ordinary ``jumprelu`` SAE that
+    scales each row itself. (The paper's AdamW decays weights; on rows kept at norm 1 that does nothing, ``train`` has Adam.)
     """
 
     def initialize_weights(self) -> None:
@@ -84,8 +90,9 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
         self.amplitude = nn.Parameter(torch.ones(d_sae, **kind))
         groups = torch.tensor(self.cfg.frequencies, **kind)
         self.register_buffer("target", groups.repeat_interleave(d_sae // len(groups)), persistent=False)  # [d_sae]
-        for name, size in (("b_enc", d_sae), ("fired", d_sae), ("largest", d_sae), ("seen", 1)):
-            self.register_buffer(name, torch.zeros(size, **kind))
+        self.register_buffer("b_enc", torch.zeros(d_sae, **kind))
+        for name, size in (("fired", d_sae), ("largest", d_sae), ("seen", 1)):  # float32: bf16 cannot count
+            self.register_buffer(name, torch.zeros(size, device=self.device))
 
     @property
     def W_enc(self) -> Tensor:
@@ -120,7 +127,7 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
             with torch.no_grad():
                 y = pre + self.b_enc  # [batch, d_sae]
                 self.fired += (y > 0).sum(0)
-                torch.maximum(self.largest, y.amax(0), out=self.largest)
+                self.largest.copy_(torch.maximum(self.largest, y.amax(0).float()))
         else:
             zero = self.b_enc.new_zeros(self.cfg.d_sae)
             out, _, pre, row, column = _SparseJumpReLU.apply(
@@ -131,7 +138,7 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
             with torch.no_grad():
                 y = (pre + self.b_enc[column]) * active
                 self.fired += torch.bincount(column, active.to(torch.double), minlength=self.cfg.d_sae).to(self.fired)
-                self.largest.scatter_reduce_(0, column, y, "amax")
+                self.largest.scatter_reduce_(0, column, y.float(), "amax")
             acts = torch.sparse_coo_tensor(
                 torch.stack([row, column]), pre, (len(x), self.cfg.d_sae), check_invariants=False
             )
@@ -161,12 +168,13 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Start the biases where each latent fires at its target on rows ``x`` [n, d], in place of thousands of updates."""
+        sae_in, n = self.process_sae_in(x.to(self.W_dec)), len(x)
+        counts = (self.target * n).round().long().clamp(1, n - 1)  # rows to fire on, [d_sae]
         for at in range(0, self.cfg.d_sae, 512):
             part = slice(at, at + 512)
-            pre = self.process_sae_in(x.to(self.W_dec)) @ self.W_dec[part].T  # [n, 512]
-            k = (self.target[part] * len(x)).round().long().clamp(1, len(x))
-            level = pre.sort(dim=0, descending=True).values.gather(0, k[None] - 1)[0]
-            self.b_enc[part] = -level.clamp(0, 1)
+            k = counts[part]
+            top = (sae_in @ self.W_dec[part].T).topk(int(k.max()) + 1, dim=0).values  # [k + 1, 512]
+            self.b_enc[part] = -(top.gather(0, torch.stack([k - 1, k])).mean(0)).clamp(0, 1)
 
     def _require_normalised(self, x: Tensor, step: int) -> None:
         if step:
@@ -182,9 +190,10 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         for name in ("fired", "largest", "seen"):
             del state_dict[name]
-        amplitude, bias = state_dict.pop("amplitude"), state_dict["b_enc"]
-        state_dict["W_enc"] = state_dict["W_dec"].T.contiguous()
-        state_dict["W_dec"] = amplitude[:, None] * state_dict["W_dec"]
+        amplitude, bias, root = state_dict.pop("amplitude"), state_dict["b_enc"], self.cfg.d_in**0.5
+        state_dict["W_enc"] = state_dict["W_dec"].T.contiguous() / root  # SAELens brings rows to norm √d
+        state_dict["W_dec"] = root * amplitude[:, None] * state_dict["W_dec"]
+        state_dict["b_dec"] = root * state_dict["b_dec"]
         state_dict["threshold"], state_dict["b_enc"] = -bias, torch.zeros_like(bias)
 
 
