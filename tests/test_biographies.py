@@ -1,5 +1,7 @@
 """The world of invented people: what is held out stays out, and an LM learns it with padding masked."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -111,7 +113,9 @@ def test_padding_is_neither_predicted_nor_seen(tmp_path, monkeypatch):
         return {steps[0]: {"name": ""}}
 
     monkeypatch.setattr(pretraining, "fit", fit)
-    biographies.memorise(tmp_path, None, tokenizer, texts, asked, steps=1, batch=8, lr=1e-3)
+    biographies.memorise(
+        tmp_path, SimpleNamespace(config=GPT2Config()), tokenizer, texts, asked, steps=1, batch=8, lr=1e-3
+    )
     for ids, wanted in seen["batches"]:
         for row, want in zip(ids, wanted):
             told, counted = tokenizer.decode(row[~want]), tokenizer.decode(row[want])
