@@ -7,6 +7,7 @@ goes on reconstructing.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,14 @@ def labelled(
 
     def batches(start: int = 0) -> Iterator[Tensor]:
         per_epoch = len(x) // batch
-        for epoch in range(start // per_epoch, 2**31):
+        for epoch in count(start // per_epoch):
             order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(x)))
-            for n in range(start % per_epoch if epoch == start // per_epoch else 0, per_epoch):
+            for n in range(start % per_epoch, per_epoch):
                 rows = order[n * batch : (n + 1) * batch]
                 for sae in saes:
                     sae.labels = relation[rows], answer[rows]
                 yield x[rows]
+            start = 0  # only the first epoch begins in its middle
 
     return batches
 
@@ -211,7 +213,8 @@ def fit(
 ) -> pd.DataFrame:  # fmt: skip
     """Both stages, in place, all SAEs on one stream: steps of reconstruction alone, then with the labels.
 
-    Slots that stage 1 has left (nearly) dead are woken between the two, see :func:`wake`. ``settings`` go to :func:`saeutils.training.train`, whose history this returns with a column ``stage``.
+    Slots that stage 1 has left (nearly) dead are woken between the two, see :func:`wake`. ``settings`` go to
+    :func:`saeutils.training.train`, whose history this returns with a column ``stage``.
     """
     if settings.get("orders"):
         raise ValueError("orders shuffles rows away from their labels: leave it out")

@@ -5,6 +5,7 @@ Its two halves of text are no translations of each other: sentence pairs are spl
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -112,10 +113,11 @@ def train_lm(
         per_epoch = sum(len(ids) + 1 for ids in encoded) // context // batch
         if not per_epoch:
             raise ValueError(f"the texts fill less than one batch of {batch} × {context} tokens: give more text")
-        for epoch in range(at // per_epoch, 2**31):
+        for epoch in count(at // per_epoch):
             rows = packed(encoded, tokenizer.bos_token_id, context, seed + epoch)
-            for n in range(at % per_epoch if epoch == at // per_epoch else 0, per_epoch):
+            for n in range(at % per_epoch, per_epoch):
                 ids = rows[n * batch :][:batch]  # [batch, context]
                 yield ids, torch.ones_like(ids, dtype=torch.bool)
+            at = 0  # only the first epoch begins in its middle
 
     return pretraining.fit(folder, model, tokenizer, batches, steps, lr)

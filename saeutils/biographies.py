@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -140,24 +141,24 @@ def memorise(
     pairs = [("", text) for text in texts] + list(zip(asked["prompt"], " " + asked["answer"]))
     settings = json.dumps([pairs, steps, batch, lr, seed, model.config.to_json_string()], default=str)
     folder = folder / hashlib.sha256(settings.encode()).hexdigest()[:12]
-    heads, tails = (tokenizer([p[i] for p in pairs], add_special_tokens=False)["input_ids"] for i in (0, 1))
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    rows = [torch.tensor([start, *head, *tail, end]) for head, tail in zip(heads, tails)]
-    told = [1 + len(head) for head in heads]  # tokens that are given
 
     def batches(at: int) -> Iterator[tuple[Tensor, Tensor]]:
+        heads, tails = (tokenizer([p[i] for p in pairs], add_special_tokens=False)["input_ids"] for i in (0, 1))
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        rows = [torch.tensor([start, *head, *tail, end]) for head, tail in zip(heads, tails)]
+        told, length = (torch.tensor([len(r) + extra for r in ids]) for ids, extra in ((heads, 1), (rows, 0)))
         per_epoch = -(-len(rows) // batch)
-        for epoch in range(at // per_epoch, 2**31):
+        for epoch in count(at // per_epoch):
             rng = np.random.default_rng([seed, epoch])
             order = sorted(
-                rng.permutation(len(rows)), key=lambda i: len(rows[i]) // 8
+                rng.permutation(len(rows)), key=lambda i: int(length[i]) // 8
             )  # stable: random within a length
-            for n in rng.permutation(per_epoch)[at % per_epoch if epoch == at // per_epoch else 0 :]:
+            for n in rng.permutation(per_epoch)[at % per_epoch :]:
                 part = order[n * batch : (n + 1) * batch]
                 ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in part], batch_first=True)  # [batch, position]
                 place = torch.arange(ids.shape[1])
-                first, last = (torch.tensor([v[i] for i in part])[:, None] for v in (told, [len(r) for r in rows]))
-                yield ids, (place >= first) & (place < last)
+                yield ids, (place >= told[part][:, None]) & (place < length[part][:, None])
+            at = 0  # only the first epoch begins in its middle
 
     found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, betas=(0.9, 0.999))
     return found[steps]["name"]
@@ -182,10 +183,7 @@ def answers(
     require_prompts(prompts)
     ids = [lm.to_tokens(p)[0] for p in prompts]
     out = [""] * len(ids)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    while order:
-        part = [i for i in order[:batch_size] if len(ids[i]) == len(ids[order[0]])]
-        order = order[len(part) :]
+    for part in steering.same_length(ids, batch_size):
         edits = [] if delta is None else [steering.add(hook, delta[part], positions=[-1])]
         with steering.edited(lm, edits):
             made = steering.continued(lm, torch.stack([ids[i] for i in part]), tokens)

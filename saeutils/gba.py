@@ -20,6 +20,7 @@ from sae_lens.saes.sae import (
 )
 from torch import Tensor, nn
 
+from saeutils import initializers
 from saeutils.saes import DENSE_ABOVE, _SparseJumpReLU
 
 
@@ -168,13 +169,9 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
         """Start the biases where each latent fires at its target on rows ``x`` [n, d], in place of thousands of updates."""
-        sae_in, n = self.process_sae_in(x.to(self.W_dec)), len(x)
-        counts = (self.target * n).round().long().clamp(1, n - 1)  # rows to fire on, [d_sae]
-        for at in range(0, self.cfg.d_sae, 512):
-            part = slice(at, at + 512)
-            k = counts[part]
-            top = (sae_in @ self.W_dec[part].T).topk(int(k.max()) + 1, dim=0).values  # [k + 1, 512]
-            self.b_enc[part] = -(top.gather(0, torch.stack([k - 1, k])).mean(0)).clamp(0, 1)
+        counts = (self.target * len(x)).round().long()  # rows to fire on, [d_sae]
+        levels = initializers.firing_levels(self.process_sae_in(x.to(self.W_dec)), self.W_enc, counts)
+        self.b_enc.copy_(-levels.clamp(0, 1))
 
     def _require_normalised(self, x: Tensor, step: int) -> None:
         if step:

@@ -148,6 +148,21 @@ def residual_mirror_decoder(
 
 
 @torch.no_grad()
+def firing_levels(sae_in: Tensor, W_enc: Tensor, counts: Tensor) -> Tensor:
+    """What each latent's projection exceeds on ``counts`` [d_sae] of the rows ``sae_in`` [n, d_in], [d_sae].
+
+    Midway between the last row inside and the first outside; at least one row is inside and one outside.
+    """
+    levels = torch.empty(len(counts), dtype=sae_in.dtype, device=sae_in.device)
+    for at in range(0, len(counts), 512):
+        part = slice(at, at + 512)
+        k = counts[part].clamp(1, len(sae_in) - 1)
+        top = (sae_in @ W_enc[:, part]).topk(int(k.max()) + 1, dim=0).values  # [k + 1, 512]
+        levels[part] = top.gather(0, torch.stack([k - 1, k])).mean(0)
+    return levels
+
+
+@torch.no_grad()
 def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
     """Start a JumpReLU SAE at the L0 it shall keep, in place: thresholds per latent, then one gain for the encoder.
 
@@ -164,11 +179,8 @@ def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
         raise ValueError(f"{len(x)} rows are too few for a rate of {l0}/{sae.cfg.d_sae}: give {sae.cfg.d_sae / l0:.0f}")
     x = x.to(sae.b_dec)
     sae_in = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
-    for at in range(0, sae.cfg.d_sae, 512):
-        part = slice(at, at + 512)
-        pre = sae_in @ sae.W_enc[:, part] + sae.b_enc[part]  # [n, 512]
-        top = pre.topk(min(k + 1, len(x)), dim=0).values[-2:]  # the k-th and the next largest
-        sae.threshold[part] = top.mean(0).clamp_min(0)
+    counts = torch.full((sae.cfg.d_sae,), k, device=x.device)
+    sae.threshold.copy_((firing_levels(sae_in, sae.W_enc, counts) + sae.b_enc).clamp_min(0))
     dot = norm = active = 0.0
     for part in x.split(1024):
         acts = sae.encode(part)

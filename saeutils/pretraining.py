@@ -46,9 +46,9 @@ def fit(
     elif 0 in steps:
         keep(model, tokenizer, folder / "step-0000000")
     kind = model.device.type
-    half = models.default_dtype(kind) == torch.bfloat16 or kind == "cuda"
-    dtype = torch.bfloat16 if models.default_dtype(kind) == torch.bfloat16 else torch.float16
-    scaler = torch.amp.GradScaler(kind, enabled=half and dtype == torch.float16)  # a T4 has no bf16
+    native = models.default_dtype(kind) == torch.bfloat16
+    half = kind == "cuda" and not native  # a T4 has no bf16: float16, with its gradients scaled
+    scaler = torch.amp.GradScaler(kind, enabled=half)
     if done:
         scaler.load_state_dict(state["scaler"])
     model.eval()  # no dropout: a run can be repeated, and goes on as if it had not stopped
@@ -58,7 +58,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr * share
         ids, wanted = ids.to(model.device), wanted[:, 1:].to(model.device)
-        with torch.autocast(kind, dtype, half):
+        with torch.autocast(kind, torch.float16 if half else torch.bfloat16, native or half):
             hidden = model.base_model(ids).last_hidden_state[:, :-1]  # [batch, position − 1, d]
             logits = model.get_output_embeddings()(hidden[wanted])  # most of a small model's work: only where it counts
         loss = F.cross_entropy(logits.float(), ids[:, 1:][wanted])

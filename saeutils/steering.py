@@ -7,7 +7,7 @@ Latent edits add decode(f′) − decode(f) to the activation: whatever the SAE 
 in place, so nothing cancels the edit, and an SAE that normalises its input gets each token's own scale back.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -149,18 +149,20 @@ def edited(lm: TransformerBridge, edits: Iterable[Edit]):
         yield lm
 
 
+def same_length(ids: Sequence[Tensor], size: int) -> Iterator[list[int]]:
+    """Numbers of prompts of one length, up to ``size`` at a time, the shortest first: nothing needs padding."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    while order:
+        batch = [i for i in order[:size] if len(ids[i]) == len(ids[order[0]])]
+        order = order[len(batch) :]
+        yield batch
+
+
 @torch.no_grad()
 def generate(
-    lm: TransformerBridge,
-    prompts: Sequence[str],
-    edits: Iterable[Edit] = (),
-    *,
-    tokens: int = 24,
-    temperature: float = 0.0,
-    samples: int = 1,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> list[list[str]]:
+    lm: TransformerBridge, prompts: Sequence[str], edits: Iterable[Edit] = (), *, tokens: int = 24,
+    temperature: float = 0.0, samples: int = 1, seed: int = 0, batch_size: int = 64,
+) -> list[list[str]]:  # fmt: skip
     """Continuations: for every prompt a list of ``samples`` texts (the prompt not included).
 
     Prompts of equal token length share a batch, so nothing is padded. Temperature 0 is greedy; sampling is seeded, and
@@ -169,15 +171,11 @@ def generate(
     if not prompts or any(not p for p in prompts):
         raise ValueError("give at least one prompt, none of them empty")
     ids = [lm.to_tokens(p)[0] for p in prompts for _ in range(samples)]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out: list[str] = [""] * len(ids)
     devices = [lm.cfg.device] if str(lm.cfg.device).startswith("cuda") else []
     with torch.random.fork_rng(devices=devices), edited(lm, edits):
         torch.manual_seed(seed)
-        while order:
-            length = len(ids[order[0]])
-            batch = [i for i in order[:batch_size] if len(ids[i]) == length]
-            order = order[len(batch) :]
+        for batch in same_length(ids, batch_size):
             made = continued(lm, torch.stack([ids[i] for i in batch]), tokens, temperature)
             for i, row in zip(batch, made):
                 out[i] = lm.tokenizer.decode(row, skip_special_tokens=True)
