@@ -20,8 +20,7 @@ from sae_lens.saes.sae import (
 )
 from torch import Tensor, nn
 
-from saeutils import initializers
-from saeutils.saes import DENSE_ABOVE, _SparseJumpReLU
+from saeutils import initializers, sparse
 
 
 def geometric(highest: float, lowest: float, groups: int) -> list[float]:
@@ -121,31 +120,35 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
         if step and step % self.cfg.every == 0 and float(self.seen):
             self.adapt()
         with torch.no_grad():
-            dense = float((self.encode(x[:16]) != 0).float().mean()) > DENSE_ABOVE
+            dense = float((self.encode(x[:16]) != 0).float().mean()) > sparse.DENSE_ABOVE
         if dense:
             acts, pre = self.encode_with_hidden_pre(x)
             out = self.decode(acts)
-            with torch.no_grad():
-                y = pre + self.b_enc  # [batch, d_sae]
-                self.fired += (y > 0).sum(0)
-                self.largest.copy_(torch.maximum(self.largest, y.amax(0).float()))
+            self.observe(pre.detach() + self.b_enc)
         else:
             zero = self.b_enc.new_zeros(self.cfg.d_sae)
-            out, _, pre, row, column = _SparseJumpReLU.apply(
+            out, _, pre, row, column = sparse.JumpReLU.apply(
                 x, self.W_dec.T, zero, self.amplitude[:, None] * self.W_dec, self.b_dec, -self.b_enc, 1e-9, True
             )
             pre = pre.detach()
-            active = pre > 0
-            with torch.no_grad():
-                y = (pre + self.b_enc[column]) * active
-                self.fired += torch.bincount(column, active.to(torch.double), minlength=self.cfg.d_sae).to(self.fired)
-                self.largest.scatter_reduce_(0, column, y.float(), "amax")
+            self.observe((pre + self.b_enc[column]) * (pre > 0), column)
             acts = torch.sparse_coo_tensor(
                 torch.stack([row, column]), pre, (len(x), self.cfg.d_sae), check_invariants=False
             )
         self.seen += len(x)
         mse = (out - x).pow(2).sum(-1).mean()
         return TrainStepOutput(x, out, acts, pre, mse / 2, {"mse_loss": mse})
+
+    @torch.no_grad()
+    def observe(self, y: Tensor, column: Tensor | None = None) -> None:
+        """Count who fires and keep who fires most: pre-activations plus bias, [batch, d_sae] or the entries of ``column``."""
+        active = y > 0
+        if column is None:
+            self.fired += active.sum(0)
+            self.largest.copy_(torch.maximum(self.largest, y.amax(0).float()))
+        else:
+            self.fired += torch.bincount(column, active.to(torch.double), minlength=self.cfg.d_sae).to(self.fired)
+            self.largest.scatter_reduce_(0, column, y.float(), "amax")
 
     @torch.no_grad()
     def adapt(self) -> None:

@@ -1,83 +1,30 @@
 """SAELens training classes of ours, whose backward pass never leaves the active latents.
 
-``sparse_topk``: TopK. ``sparse_jumprelu``: JumpReLU held at a target L0.
+``sparse_topk``, ``sparse_batchtopk``: TopK and BatchTopK. ``sparse_jumprelu``: JumpReLU held at a target L0.
 """
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from sae_lens import registry
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, Step
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
-ROWS = 256  # rows encoded at a time: their pre-activations stay in the processor's cache
-DENSE_ABOVE = 1 / 8  # share of active latents above which dense products are quicker than sparse ones
+from saeutils import sparse
 
 
-def _transposed(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Callable[[Tensor, Tensor], Tensor]:
-    """For sparse S [batch, d_sae] with entries at (row, column): ``times(entries, dense)`` = Sᵀ·dense, [d_sae, d_in]."""
-    batch, d_sae = shape
-    order = column.argsort(stable=True)  # groups the entries by latent: rows of the transposed matrix
-    crow = F.pad(torch.bincount(column, minlength=d_sae).cumsum(0), (1, 0)).int()
-    sources = row[order].int()
-
-    def times(entries: Tensor, dense: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse")
-            return torch.sparse_csr_tensor(crow, sources, entries[order], (d_sae, batch)) @ dense
-
-    return times
-
-
-def _by_latent(column: Tensor, entries: Tensor, d_sae: int) -> Tensor:
-    """Sum of ``entries`` for every latent, in double precision, [d_sae]."""
-    return torch.bincount(column, entries.double(), minlength=d_sae).to(entries.dtype)
-
-
-class _SparseTopK(torch.autograd.Function):
-    """x̂ = W_decᵀ·TopK(ReLU(W_encᵀ(x − s·b_dec) + b_enc)) + b_dec, with gradients over active latents only."""
-
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k, shift):
-        sae_in = x - b_dec if shift else x  # [batch, d_in]
-        values = x.new_empty(len(x), k)
-        indices = torch.empty(len(x), k, dtype=torch.long, device=x.device)
-        rows = len(x) if x.is_cuda else ROWS
-        buffer = x.new_empty(min(rows, len(x)), W_enc.shape[1])
-        for a in range(0, len(x), rows):
-            b = min(a + rows, len(x))
-            pre = torch.addmm(b_enc, sae_in[a:b], W_enc, out=buffer[: b - a])  # [rows, d_sae]
-            values[a:b], indices[a:b] = torch.topk(pre, k, dim=1, sorted=False)
-        values.relu_()
-        with torch.enable_grad():  # keep embedding_bag's own graph: its gradient is the gradient of the values
-            leaf = values.detach().requires_grad_()
-            decoded = F.embedding_bag(indices, W_dec.detach(), per_sample_weights=leaf, mode="sum")
-        ctx.save_for_backward(sae_in, values, indices, W_enc)
-        ctx.leaf, ctx.decoded, ctx.shift = leaf, decoded, shift
-        ctx.mark_non_differentiable(indices)
-        return decoded.detach() + b_dec, values, indices
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_values, _):
-        sae_in, values, indices, W_enc = ctx.saved_tensors
-        (direct,) = torch.autograd.grad(ctx.decoded, ctx.leaf, grad_out)
-        grad_pre = torch.where(values > 0, direct + grad_values, 0.0)  # [batch, k]
-        d_sae, flat, entries = W_enc.shape[1], indices.flatten(), grad_pre.flatten()
-        row = torch.arange(len(values), device=flat.device).repeat_interleave(values.shape[1])
-        times = _transposed(row, flat, (len(values), d_sae))
-        grad_W_dec = times(values.flatten(), grad_out)
-        grad_W_enc = times(entries, sae_in).T  # laid out like W_enc below
-        grad_b_enc = _by_latent(flat, entries, d_sae)
-        grad_b_dec = grad_out.sum(0)
-        if ctx.shift:
-            grad_b_dec = grad_b_dec - W_enc @ grad_b_enc
-        return None, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec, None, None
+def _require_unit_decoder(cfg: TopKTrainingSAEConfig) -> None:
+    name = cfg.architecture()
+    if cfg.rescale_acts_by_decoder_norm:
+        raise ValueError(f"{name} keeps decoder rows at unit norm: set rescale_acts_by_decoder_norm=False")
+    if cfg.normalize_activations != "none":
+        raise ValueError(f"{name} takes normalised batches: set normalize_activations='none' and see fold_scale")
+    if not 0 < cfg.k <= cfg.d_sae:
+        raise ValueError(f"k={cfg.k} must lie between 1 and d_sae={cfg.d_sae}")
 
 
 @dataclass
@@ -89,14 +36,7 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rescale_acts_by_decoder_norm:
-            raise ValueError("sparse_topk keeps decoder rows at unit norm: set rescale_acts_by_decoder_norm=False")
-        if self.normalize_activations != "none":
-            raise ValueError(
-                "sparse_topk takes normalised batches: set normalize_activations='none' and see fold_scale"
-            )
-        if not 0 < self.k <= self.d_sae:
-            raise ValueError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
+        _require_unit_decoder(self)
 
     @classmethod
     def architecture(cls) -> str:
@@ -122,14 +62,14 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def sparse_forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, d_in] → reconstruction [batch, d_in], values and indices of active latents [batch, k]."""
         shift = self.cfg.apply_b_dec_to_input
-        return _SparseTopK.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.cfg.k, shift)
+        return sparse.TopK.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.cfg.k, shift)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As in SAELens; ``feature_acts`` is a sparse COO tensor, ``hidden_pre`` holds the k values only."""
         x = step_input.sae_in.to(self.dtype)
         sae_out, values, indices = self.sparse_forward(x)
         mse = (sae_out - x).pow(2).sum(-1).mean()
-        aux = self._sparse_aux_loss(x, sae_out, step_input.dead_neuron_mask)
+        aux = _aux_loss(self, x, sae_out, step_input.dead_neuron_mask)
         row = torch.arange(len(x), device=x.device).repeat_interleave(values.shape[1])
         acts = torch.sparse_coo_tensor(
             torch.stack([row, indices.flatten()]),
@@ -139,14 +79,6 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         )
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
         return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)
-
-    def _sparse_aux_loss(self, x: Tensor, sae_out: Tensor, dead: Tensor | None) -> Tensor:
-        if dead is None or not self.cfg.aux_loss_coefficient or not (n_dead := int(dead.sum())):
-            return x.new_zeros(())
-        columns = dead.nonzero()[:, 0]
-        sae_in = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
-        pre = sae_in @ self.W_enc[:, columns] + self.b_enc[columns]  # [batch, n_dead]
-        return self.cfg.aux_loss_coefficient * aux_k_loss(pre, self.W_dec[columns], (x - sae_out).detach(), n_dead)
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
@@ -169,47 +101,74 @@ def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor, n_dead: int) -> Ten
     return weight * (pre @ W_dec - residual).pow(2).sum(-1).mean()
 
 
-class _SparseJumpReLU(torch.autograd.Function):
-    """x̂ = W_decᵀ·JumpReLU_θ(W_encᵀ(x − s·b_dec) + b_enc) + b_dec and its mean L0; θ by straight-through windows."""
+def _aux_loss(sae: TopKTrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | None) -> Tensor:
+    if dead is None or not sae.cfg.aux_loss_coefficient or not (n_dead := int(dead.sum())):
+        return x.new_zeros(())
+    columns = dead.nonzero()[:, 0]
+    sae_in = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
+    pre = sae_in @ sae.W_enc[:, columns] + sae.b_enc[columns]  # [batch, n_dead]
+    return sae.cfg.aux_loss_coefficient * aux_k_loss(pre, sae.W_dec[columns], (x - sae_out).detach(), n_dead)
 
-    @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, bandwidth, shift):
-        sae_in = x - b_dec if shift else x  # [batch, d_in]
-        rows = len(x) if x.is_cuda else ROWS
-        buffer = x.new_empty(min(rows, len(x)), W_enc.shape[1])
-        edge, parts = threshold - bandwidth / 2, []
-        for a in range(0, len(x), rows):
-            b = min(a + rows, len(x))
-            pre = torch.addmm(b_enc, sae_in[a:b], W_enc, out=buffer[: b - a])  # [rows, d_sae]
-            i, j = (pre > edge).nonzero(as_tuple=True)  # active, or inside the window below the threshold
-            parts.append((a + i, j, pre[i, j]))
-        row, column, pre = (torch.cat(p) for p in zip(*parts))  # [entries]
-        active = pre > threshold[column]
-        values = pre * active
-        offsets = F.pad(torch.bincount(row, minlength=len(x)).cumsum(0)[:-1], (1, 0))
-        with torch.enable_grad():  # keep embedding_bag's own graph: its gradient is the gradient of the values
-            leaf = values.detach().requires_grad_()
-            decoded = F.embedding_bag(column, W_dec.detach(), offsets, per_sample_weights=leaf, mode="sum")
-        window = (pre - threshold[column]).abs() < bandwidth / 2
-        ctx.save_for_backward(sae_in, row, column, values, active, window, W_enc, threshold)
-        ctx.leaf, ctx.decoded, ctx.shift, ctx.bandwidth = leaf, decoded, shift, bandwidth
-        ctx.mark_non_differentiable(row, column)
-        return decoded.detach() + b_dec, active.sum() / x.new_tensor(len(x)), values, row, column
 
-    @staticmethod
-    def backward(ctx, grad_out, grad_l0, grad_values, _row, _column):
-        sae_in, row, column, values, active, window, W_enc, threshold = ctx.saved_tensors
-        (direct,) = torch.autograd.grad(ctx.decoded, ctx.leaf, grad_out)
-        direct = direct + grad_values
-        grad_pre, d_sae = direct * active, W_enc.shape[1]
-        times = _transposed(row, column, (len(sae_in), d_sae))
-        grad_b_enc = _by_latent(column, grad_pre, d_sae)
-        through = -(threshold[column] * direct + grad_l0 / len(sae_in)) * window / ctx.bandwidth
-        grad_b_dec = grad_out.sum(0)
-        if ctx.shift:
-            grad_b_dec = grad_b_dec - W_enc @ grad_b_enc
-        grads = times(grad_pre, sae_in).T, grad_b_enc, times(values, grad_out), grad_b_dec
-        return None, *grads, _by_latent(column, through, d_sae), None, None
+@dataclass
+class SparseBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
+    """SAELens' BatchTopK settings; decoder rows are expected at unit norm (``train`` keeps them there), not rescaled."""
+
+    rescale_acts_by_decoder_norm: bool = False
+    decoder_init_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_unit_decoder(self)
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "sparse_batchtopk"
+
+
+class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE):
+    """BatchTopK SAE (Bussmann et al. 2024, arXiv:2412.06410) with the loss and gradients of SAELens' BatchTopK.
+
+    The batch's ⌊k·batch⌋ largest activations are found among those above a guess, nine tenths of the last batch's
+    smallest; where the guess leaves too few it is lowered, so the choice is exact. Saved as a ``jumprelu`` SAE.
+    """
+
+    level = 0.0  # the smallest activation kept in the last batch
+
+    def __init__(self, cfg: SparseBatchTopKTrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.W_enc.data = self.W_enc.data.T.contiguous().T  # column-major, as in sparse_topk
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """As in SAELens; sparse while few latents are active: then ``feature_acts`` is a sparse COO tensor."""
+        x, cfg = step_input.sae_in.to(self.dtype), self.cfg
+        if cfg.k / cfg.d_sae > sparse.DENSE_ABOVE:
+            return super().training_forward_pass(step_input)
+        keep, guess = int(cfg.k * len(x)), 0.9 * self.level or self._first_guess(x)
+        for lower in (guess, guess / 2, guess / 4, 0.0):
+            sae_out, _, values, row, column = sparse.JumpReLU.apply(
+                x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.b_enc.new_full((cfg.d_sae,), lower), 1e-9,
+                cfg.apply_b_dec_to_input, keep,
+            )  # fmt: skip
+            if len(values) >= keep:
+                break
+        values = values.detach()
+        self.level = float(values.min()) if len(values) else 0.0
+        acts = torch.sparse_coo_tensor(torch.stack([row, column]), values, (len(x), cfg.d_sae), check_invariants=False)
+        mse = (sae_out - x).pow(2).sum(-1).mean()
+        aux = _aux_loss(self, x, sae_out, step_input.dead_neuron_mask)
+        self.update_topk_threshold(values)
+        losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
+        return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)
+
+    @torch.no_grad()
+    def _first_guess(self, x: Tensor) -> float:
+        pre = self.process_sae_in(x[:64]) @ self.W_enc + self.b_enc  # [64, d_sae]
+        return 0.9 * float(pre.relu().flatten().topk(int(self.cfg.k * len(pre)) or 1).values[-1])
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors wants row-major
 
 
 @dataclass
@@ -260,10 +219,10 @@ class SparseJumpReLUTrainingSAE(JumpReLUTrainingSAE):
         with torch.no_grad():
             self.threshold.clamp_(min=0.0)
             first, _ = self.encode_with_hidden_pre(step_input.sae_in[:16])
-        if float((first > 0).float().mean()) > DENSE_ABOVE:
+        if float((first > 0).float().mean()) > sparse.DENSE_ABOVE:
             return super().training_forward_pass(step_input)
         x, cfg = step_input.sae_in.to(self.dtype), self.cfg
-        sae_out, l0, values, row, column = _SparseJumpReLU.apply(
+        sae_out, l0, values, row, column = sparse.JumpReLU.apply(
             x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold, cfg.jumprelu_bandwidth,
             cfg.apply_b_dec_to_input,
         )  # fmt: skip
@@ -290,6 +249,7 @@ class SparseJumpReLUTrainingSAE(JumpReLUTrainingSAE):
 
 for _name, _sae, _cfg in (
     ("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),
+    ("sparse_batchtopk", SparseBatchTopKTrainingSAE, SparseBatchTopKTrainingSAEConfig),
     ("sparse_jumprelu", SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig),
 ):
     if _name not in registry.SAE_TRAINING_CLASS_REGISTRY:

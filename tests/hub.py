@@ -16,30 +16,20 @@ from urllib.parse import parse_qs, unquote, urlparse
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 from saeutils import text
 
 REVISION = "0" * 40
 
 
-def _tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+def _tokenizer(corpus: list[str]) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE like GPT-2's, small."""
     core = Tokenizer(BPE())
     core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
@@ -48,14 +38,14 @@ def _tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
         corpus, BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
     )
     end = special[0]
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, unk_token=end)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=end, eos_token=end, unk_token=end)
 
 
-def _gpt2(folder: Path, tokenizer: PreTrainedTokenizerFast, layers: int, width: int = 32) -> None:
+def _gpt2(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast, layers: int, width: int = 32) -> None:
     torch.manual_seed(0)
     end = tokenizer.bos_token_id
     shape = dict(n_layer=layers, n_head=2, n_embd=width, n_positions=1024, bos_token_id=end, eos_token_id=end)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -77,34 +67,47 @@ def _openai_sae(folder: Path, width: int = 32, d_sae: int = 131_072) -> None:
     save_file(weights, folder / "sae_weights.safetensors")
 
 
-def _gemma2(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def _gemma2(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     """Real width and depth (the SAEs' configs fix d_in = 2304), everything else tiny."""
     torch.manual_seed(0)
     shape = dict(hidden_size=2304, num_hidden_layers=26, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     end = tokenizer.bos_token_id
     ids = dict(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), intermediate_size=200, **shape, **ids)).to(
-        torch.bfloat16
-    ).save_pretrained(folder)
+    transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(vocab_size=len(tokenizer), intermediate_size=200, **shape, **ids)
+    ).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _llm_jp(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def _llm_jp(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     """LLM-jp-3's checkpoints as local folders, one a step; Llama-shaped, real depth, tiny width."""
     for i, step in enumerate((10, 100, 1000, 10_000, 100_000, 988_240)):
         torch.manual_seed(i)
         shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=24, num_attention_heads=2)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, **shape))
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, **shape)
+        )
         model.save_pretrained(folder / f"iter_{step:07d}")
         tokenizer.save_pretrained(folder / f"iter_{step:07d}")
 
 
-def _pythia(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def _pythia(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     """Training checkpoints as revisions of one repository (every revision answers with the same files here)."""
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     (folder / ".revisions").write_text("step0 step512 step143000 step1000-tokens4B")
+
+
+def _qwen(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Qwen2.5-1.5B's depth, tiny width; its tokenizer has no BOS."""
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=28, num_attention_heads=2)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
 
 
 def _gemma_scope(folder: Path, d_in: int = 2304, d_sae: int = 16_384) -> None:
@@ -153,6 +156,7 @@ def build(folder: Path) -> None:
     _gpt2(models / "distilbert" / "distilgpt2", tokenizer, layers=6)
     _openai_sae(models / "jbloom" / "GPT2-Small-OAI-v5-128k-resid-post-SAEs" / "v5_128k_layer_8")
     _gemma2(models / "google" / "gemma-2-2b", tokenizer)
+    _qwen(models / "Qwen" / "Qwen2.5-1.5B", tokenizer)
     _gemma_scope(models / "google" / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82")
     _gemma_scope_2(models / "google" / "gemma-scope-2-270m-pt" / "resid_post" / "layer_12_width_16k_l0_medium")
     bench = models / "canrager" / "saebench_gemma-2-2b_width-2pow12_date-1109"

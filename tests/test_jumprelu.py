@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainStepInput
 
-from saeutils import archives, saes
+from saeutils import archives, sparse
 from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
 from saeutils.training import train
 
@@ -50,11 +50,11 @@ def _close(a, b, tolerance=1e-5):
 def test_sparse_pass_equals_dense_autograd(d, n, batch, bandwidth, shift, seed):
     sae = _sae(d, n, seed=seed, jumprelu_bandwidth=bandwidth, apply_b_dec_to_input=shift)
     x = torch.randn(batch, d)
-    threshold, saes.DENSE_ABOVE = saes.DENSE_ABOVE, 2.0  # sparse at any density
+    threshold, sparse.DENSE_ABOVE = sparse.DENSE_ABOVE, 2.0  # sparse at any density
     try:
         a, grads_a = _gradients(sae, x, SparseJumpReLUTrainingSAE.training_forward_pass)
     finally:
-        saes.DENSE_ABOVE = threshold
+        sparse.DENSE_ABOVE = threshold
     b, grads_b = _gradients(sae, x, JumpReLUTrainingSAE.training_forward_pass)
     assert _close(a.loss, b.loss)
     assert _close(a.feature_acts.to_dense(), b.feature_acts)

@@ -1,27 +1,37 @@
-"""sparse_topk against dense autograd and against SAELens' TopK."""
+"""sparse_topk and sparse_batchtopk against dense autograd and against SAELens' own."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAE, TrainStepInput
 from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+from saeutils import sparse
+from saeutils.saes import (
+    SparseBatchTopKTrainingSAE,
+    SparseBatchTopKTrainingSAEConfig,
+    SparseTopKTrainingSAE,
+    SparseTopKTrainingSAEConfig,
+)
 from saeutils.training import _Options, _Trainer
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
-def _pair(d, n, k, seed=0, **kw):
-    """Ours and SAELens' TopK with equal weights, decoder rows at norm 1 and all biases non-zero."""
+def _pair(d, n, k, seed=0, batch=False, **kw):
+    """Ours and SAELens' (Batch)TopK with equal weights, decoder rows at norm 1 and all biases non-zero."""
     torch.manual_seed(seed)
-    ours = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=d, d_sae=n, k=k, **kw))
-    theirs = TopKTrainingSAE(
-        TopKTrainingSAEConfig(d_in=d, d_sae=n, k=k, rescale_acts_by_decoder_norm=False, decoder_init_norm=1.0, **kw)
+    classes = (
+        (SparseBatchTopKTrainingSAE, SparseBatchTopKTrainingSAEConfig, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig)
+        if batch
+        else (SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig)
     )
+    plain = dict(d_in=d, d_sae=n, k=k, rescale_acts_by_decoder_norm=False, decoder_init_norm=1.0, **kw)
+    ours, theirs = classes[0](classes[1](**plain)), classes[2](classes[3](**plain))
     with torch.no_grad():
         ours.b_enc.normal_(std=0.1)
         ours.b_dec.normal_(std=0.1)
@@ -59,9 +69,30 @@ def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed):
         assert _close(grads_a[name], grads_b[name]), name
 
 
-def test_fifty_steps_equal_saelens(rows):
+@settings(max_examples=25, deadline=None)
+@given(
+    d=st.integers(2, 24), n=st.integers(9, 60), k=st.floats(0.3, 3), batch=st.integers(1, 300), n_dead=st.integers(0, 60),
+    level=st.sampled_from([0.0, 0.1, 1.0, 50.0]), shift=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_batchtopk_gradients_equal_dense_autograd_whatever_the_guess(d, n, k, batch, n_dead, level, shift, seed):
+    ours, theirs = _pair(d, n, k, seed, batch=True, apply_b_dec_to_input=shift)
+    ours.level, x, dead = level, torch.randn(batch, d), torch.arange(n) < n_dead
+    share, sparse.DENSE_ABOVE = sparse.DENSE_ABOVE, 2.0  # sparse at any density
+    try:
+        a, grads_a = _gradients(ours, x, dead)
+    finally:
+        sparse.DENSE_ABOVE = share
+    b, grads_b = _gradients(theirs, x, dead)
+    assert _close(a.loss, b.loss) and _close(a.feature_acts.to_dense(), b.feature_acts)
+    assert torch.allclose(ours.topk_threshold, theirs.topk_threshold, rtol=1e-5)
+    for name in PARAMETERS:
+        assert _close(grads_a[name], grads_b[name]), name
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_fifty_steps_equal_saelens(rows, batch):
     """Same trainer (SAELens' own), same batches: losses and weights agree to 1e-4."""
-    ours, theirs = _pair(640, 2048, 32, aux_loss_coefficient=1 / 32)
+    ours, theirs = _pair(640, 2048, 32, batch=batch, aux_loss_coefficient=1 / 32)
     cfg = SAETrainerConfig(
         total_training_samples=50 * 512, train_batch_size_samples=512, lr=3e-4, lr_end=3e-4, dead_feature_window=10
     )
@@ -96,6 +127,17 @@ def test_our_trainer_equals_saelens_trainer(rows):
     assert torch.equal(ours.n_forward_passes_since_fired, theirs.n_forward_passes_since_fired)
 
 
+def test_batchtopk_is_saved_as_an_ordinary_jumprelu_sae(tmp_path, rows):
+    ours, theirs = _pair(640, 512, 8, batch=True)
+    for sae, folder in ((ours, tmp_path / "ours"), (theirs, tmp_path / "theirs")):
+        for i in range(5):
+            _gradients(sae, rows[i * 64 : (i + 1) * 64])
+        sae.save_inference_model(folder)
+    a, b = (SAE.load_from_disk(tmp_path / name) for name in ("ours", "theirs"))
+    assert a.cfg.architecture() == "jumprelu" and torch.allclose(a.threshold, b.threshold)
+    assert torch.allclose(a(rows[:64]), b(rows[:64]), atol=1e-4)
+
+
 def test_saved_as_an_ordinary_topk_sae(tmp_path, rows):
     sae, _ = _pair(640, 512, 8)
     sae.save_inference_model(tmp_path)
@@ -119,3 +161,5 @@ def test_saved_as_an_ordinary_topk_sae(tmp_path, rows):
 def test_settings_are_checked(kw, message):
     with pytest.raises(ValueError, match=message):
         SparseTopKTrainingSAEConfig(d_in=8, d_sae=32, **kw)
+    with pytest.raises(ValueError, match=message):
+        SparseBatchTopKTrainingSAEConfig(d_in=8, d_sae=32, **kw)
