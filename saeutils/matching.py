@@ -78,10 +78,9 @@ def _sparse_assignment(cosines: np.ndarray) -> np.ndarray | None:
         reduced = value - v[column]
         cost = np.maximum.reduceat(reduced, first[:-1])[row] - reduced
         chosen = lap.lapmod(n, cost, first.astype(np.int32), column.astype(np.int32), return_cost=False)[0]
-        prices = _prices(row, column, value, chosen, cosines)
-        if prices is None:
+        u, v, settled = _prices(row, column, value, chosen, cosines[np.arange(n), chosen].astype(np.float64))
+        if not settled:
             return None
-        u, v = prices
         if not len(new := _violations(dense, u, v, MARGIN if round == 0 else 0.0)):
             return chosen
         known = np.union1d(known, new)
@@ -89,25 +88,24 @@ def _sparse_assignment(cosines: np.ndarray) -> np.ndarray | None:
 
 
 def _prices(
-    row: np.ndarray, column: np.ndarray, value: np.ndarray, chosen: np.ndarray, cosines: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Dual prices u [n], v [m] ≥ 0 of an optimal sparse assignment: cos ≤ u + v on every candidate, = on chosen ones.
+    row: np.ndarray, column: np.ndarray, value: np.ndarray, chosen: np.ndarray, own: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Dual prices u [n], v [m] ≥ 0 of an optimal sparse assignment: cos ≤ u + v on every candidate, = on chosen ones (``own``).
 
     v is the least fixed point of v_j = max(0, max_i v_σ(i) + c_ij − c_iσ(i)): longest paths by Bellman and Ford.
-    None where those are longer than LONGEST: rows that all compete for the same columns, which scipy does as well.
+    Not settled (False) where those are longer than LONGEST: rows that all compete for the same columns.
     """
-    own = cosines[np.arange(len(chosen)), chosen].astype(np.float64)
     order = np.argsort(column, kind="stable")
     source, gain, target = chosen[row[order]], (value - own[row])[order], column[order]
     first = np.flatnonzero(np.r_[True, target[1:] != target[:-1]])
-    v = np.zeros(cosines.shape[1])
+    v = np.zeros(len(chosen))
     for _ in range(LONGEST):
         raised = np.maximum(v[target[first]], np.maximum.reduceat(v[source] + gain, first))
         change = raised - v[target[first]]
         v[target[first]] = raised
         if change.max() <= TIGHT / 10:
-            return own - v[chosen], v
-    return None
+            return own - v[chosen], v, True
+    return own - v[chosen], v, False
 
 
 def _violations(dense: Tensor, u: np.ndarray, v: np.ndarray, margin: float, most: int = 16) -> np.ndarray:

@@ -8,6 +8,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pandas as pd
+
 from saeutils import archives, claims
 
 INSTALL = re.compile(r"saeutils @ git\+\S+?(?=[\"'\s])")
@@ -69,10 +71,38 @@ def data_table() -> str:
     return "\n".join(lines)
 
 
+def speed_table() -> str:
+    """The last kept run of the benchmarks (figures/speed) as Markdown: times a peer takes over ours, ours over the floor."""
+    paths = [p for p in sorted((claims.root() / "figures" / "speed").glob("*.csv")) if p.stem != "scaling"]
+    if not paths:
+        return "Not measured yet: `SAEUTILS_SPEED=1 pytest tests/benchmarks -s`."
+    runs = pd.concat([pd.read_csv(p) for p in paths])
+    seconds, peak = (
+        runs.pivot_table(index=["section", "row"], columns="who", values=v, sort=False) for v in ("seconds", "peak GiB")
+    )
+    machines = ", ".join(runs["machine"].unique())
+    lines = [
+        f"Measured on {machines}.",
+        "",
+        "| | what | ours, ms | × floor | a peer's time over ours | peak GiB: ours, peers |",
+        "|---" * 6 + "|",
+    ]
+    for (section, row), r in seconds[seconds["ours"].notna()].iterrows():
+        shared = (section, f"one matmul, {row.split(', ', 1)[-1]}")  # steps of one size share their floor
+        floor = seconds.loc[shared, "floor"] if shared in seconds.index else r.get("floor", float("nan"))
+        over = f"{r['ours'] / floor:.2f}" if pd.notna(floor) else ""
+        peers = [who for who in r.index if who not in ("ours", "floor") and pd.notna(r[who])]
+        ratios = ", ".join(f"{who} {r[who] / r['ours']:.1f}" for who in peers)
+        held = peak.loc[(section, row)] if (section, row) in peak.index else pd.Series(dtype=float)
+        used = ", ".join(f"{held[who]:.1f}" for who in ("ours", *peers) if pd.notna(held.get(who)))
+        lines.append(f"| {section} | {row} | {r['ours'] * 1e3:,.3g} | {over} | {ratios} | {used} |")
+    return "\n".join(lines)
+
+
 def readme_text(root: Path) -> str:
     """README with its generated parts and its address brought up to date."""
     text = (root / "README.md").read_text()
-    for name, body in (("results", results_table()), ("data", data_table())):
+    for name, body in (("results", results_table()), ("data", data_table()), ("speed", speed_table())):
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S
         )

@@ -150,7 +150,7 @@ class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE):
                 x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.b_enc.new_full((cfg.d_sae,), lower), 1e-9,
                 cfg.apply_b_dec_to_input, keep,
             )  # fmt: skip
-            if len(values) >= keep:
+            if len(values) >= keep or not lower:
                 break
         values = values.detach()
         self.level = float(values.min()) if len(values) else 0.0
@@ -159,7 +159,8 @@ class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE):
         aux = _aux_loss(self, x, sae_out, step_input.dead_neuron_mask)
         self.update_topk_threshold(values)
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
-        return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)
+        metrics = {"topk_threshold": self.topk_threshold}
+        return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses, metrics)
 
     @torch.no_grad()
     def _first_guess(self, x: Tensor) -> float:

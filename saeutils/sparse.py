@@ -112,9 +112,12 @@ class JumpReLU(torch.autograd.Function):
         grad_pre, d_sae = direct * active, W_enc.shape[1]
         times = transposed(row, column, (len(sae_in), d_sae))
         grad_b_enc = by_latent(column, grad_pre, d_sae)
-        through = -(threshold[column] * direct + grad_l0 / len(sae_in)) * window / ctx.bandwidth
+        grad_threshold = None
+        if ctx.needs_input_grad[5]:
+            through = -(threshold[column] * direct + grad_l0 / len(sae_in)) * window / ctx.bandwidth
+            grad_threshold = by_latent(column, through, d_sae)
         grad_b_dec = grad_out.sum(0)
         if ctx.shift:
             grad_b_dec = grad_b_dec - W_enc @ grad_b_enc
         grads = times(grad_pre, sae_in).T, grad_b_enc, times(values, grad_out), grad_b_dec
-        return None, *grads, by_latent(column, through, d_sae), None, None, None
+        return None, *grads, grad_threshold, None, None, None

@@ -9,6 +9,7 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from scipy.optimize import linear_sum_assignment
 
 from saeutils.matching import compare, match, pw_mcc, stability
+from saeutils.matching_large import match_certified
 
 
 def _dictionaries(kind, n, m, d, seed):
@@ -101,3 +102,25 @@ def test_bad_input():
         match(torch.ones(0, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match="at least two SAEs"):
         pw_mcc([_sae()])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["random", "structured", "tied", "signed"]), n=st.integers(1, 120), d=st.integers(1, 20),
+    seed=st.integers(0, 999), neighbours=st.integers(1, 8), rounds=st.integers(1, 6), block=st.integers(1, 50),
+)  # fmt: skip
+def test_certified_matching_is_within_its_gap(kind, n, d, seed, neighbours, rounds, block):
+    A, B = _dictionaries(kind, n, n, d, seed)
+    partner, cosine, gap = match_certified(A, B, neighbours=neighbours, rounds=rounds, block=block, progress=False)
+    assert sorted(partner.tolist()) == list(range(n))
+    assert torch.allclose(cosine, torch.nn.functional.cosine_similarity(A, B[partner], eps=1e-12), atol=1e-5)
+    total, best = float(cosine.double().sum()), _best(A, B)
+    assert total - 1e-4 <= best <= total + gap + 1e-5
+
+
+def test_certified_matching_of_dictionaries_closes_its_gap():
+    A, B = _dictionaries("structured", 1500, 1500, 64, 0)
+    _, cosine, gap = match_certified(A, B, rounds=6, progress=False)
+    assert gap < 1e-2 and float(cosine.double().sum()) == pytest.approx(_best(A, B), abs=gap + 1e-3)
+    with pytest.raises(ValueError, match="dictionaries of one shape"):
+        match_certified(A, B[:-1])
