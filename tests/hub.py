@@ -103,11 +103,11 @@ def _pythia(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> No
 
 def _qwen(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     """Qwen2.5-1.5B's depth, tiny width; its tokenizer has no BOS."""
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=28, num_attention_heads=2)
-    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>"
-    ).save_pretrained(folder)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=28, **heads)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).save_pretrained(folder)
+    core = tokenizer.backend_tokenizer
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
 
 
 def _gemma_scope(folder: Path, d_in: int = 2304, d_sae: int = 16_384) -> None:
