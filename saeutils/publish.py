@@ -57,7 +57,7 @@ def results_table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in table.to_dict("records"):
-        here = f"{r['here']} ({r['low']} … {r['high']})"
+        here = "–" if str(r["here"]) in ("nan", "") else f"{r['here']} ({r['low']} … {r['high']})"
         cells = [r["notebook"][:2], r["claim"], r["paper"], here, r["control"], r["holds"], r["scale"]]
         lines.append("| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines)
