@@ -73,11 +73,8 @@ def _sparse_assignment(cosines: np.ndarray) -> np.ndarray | None:
     for round in range(ROUNDS):
         row, column = np.divmod(known, n)
         value = cosines[row, column].astype(np.float64)
-        first = np.searchsorted(row, np.arange(n + 1))
         # relative to the last prices all costs are ≥ 0 and 0 where those were right: the solver mends the rest
-        reduced = value - v[column]
-        cost = np.maximum.reduceat(reduced, first[:-1])[row] - reduced
-        chosen = lap.lapmod(n, cost, first.astype(np.int32), column.astype(np.int32), return_cost=False)[0]
+        chosen = _solve(n, row, column, value - v[column])
         u, v, settled = _prices(row, column, value, chosen, cosines[np.arange(n), chosen].astype(np.float64))
         if not settled:
             return None
@@ -85,6 +82,13 @@ def _sparse_assignment(cosines: np.ndarray) -> np.ndarray | None:
             return chosen
         known = np.union1d(known, new)
     return None
+
+
+def _solve(n: int, row: np.ndarray, column: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Column of every row in the best assignment of the sparse problem with entries ``value``, ordered by row."""
+    first = np.searchsorted(row, np.arange(n + 1))
+    cost = np.maximum.reduceat(value, first[:-1])[row] - value
+    return lap.lapmod(n, cost, first.astype(np.int32), column.astype(np.int32), return_cost=False)[0]
 
 
 def _prices(

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 
-import lap
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils.matching import _prices, _unit
+from saeutils.matching import _prices, _solve, _unit
 
 ROUNDING = 1e-6  # of a float32 cosine less its prices
 
@@ -43,9 +42,7 @@ def match_certified(
         for _ in range(rounds):
             row, column = np.divmod(known, n)
             value = _at(A, B, row, column)
-            first = np.searchsorted(row, np.arange(n + 1))
-            cost = np.maximum.reduceat(value, first[:-1])[row] - value
-            chosen = lap.lapmod(n, cost, first.astype(np.int32), column.astype(np.int32), return_cost=False)[0]
+            chosen = _solve(n, row, column, value)
             own = value[np.searchsorted(known, np.arange(n) * n + chosen)]
             u, v, _ = _prices(row, column, value, chosen, own)
             if own.sum() > best:

@@ -10,33 +10,46 @@ import torch
 from sae_lens import registry
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, Step
-from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
 from saeutils import sparse
 
 
-def _require_unit_decoder(cfg: TopKTrainingSAEConfig) -> None:
-    name = cfg.architecture()
-    if cfg.rescale_acts_by_decoder_norm:
-        raise ValueError(f"{name} keeps decoder rows at unit norm: set rescale_acts_by_decoder_norm=False")
-    if cfg.normalize_activations != "none":
-        raise ValueError(f"{name} takes normalised batches: set normalize_activations='none' and see fold_scale")
-    if not 0 < cfg.k <= cfg.d_sae:
-        raise ValueError(f"k={cfg.k} must lie between 1 and d_sae={cfg.d_sae}")
-
-
 @dataclass
-class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
-    """SAELens' TopK settings; decoder rows are expected at unit norm (``train`` keeps them there), not rescaled."""
+class _UnitDecoder:
+    """Settings of SAEs whose decoder rows are expected at unit norm (``train`` keeps them there), not rescaled."""
 
     rescale_acts_by_decoder_norm: bool = False
     decoder_init_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_unit_decoder(self)
+        name = self.architecture()
+        if self.rescale_acts_by_decoder_norm:
+            raise ValueError(f"{name} keeps decoder rows at unit norm: set rescale_acts_by_decoder_norm=False")
+        if self.normalize_activations != "none":
+            raise ValueError(f"{name} takes normalised batches: set normalize_activations='none' and see fold_scale")
+        if not 0 < self.k <= self.d_sae:
+            raise ValueError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
+
+
+class _ColumnMajor:
+    """W_enc held column-major: gradients are born as [d_sae, d_in], a transposition would cost as much as the decoder."""
+
+    def __init__(self, cfg: TrainingSAEConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.W_enc.data = self.W_enc.data.T.contiguous().T
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving(state_dict)
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors wants row-major
+
+
+@dataclass
+class SparseTopKTrainingSAEConfig(_UnitDecoder, TopKTrainingSAEConfig):
+    """SAELens' TopK settings; decoder rows are expected at unit norm (``train`` keeps them there), not rescaled."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -46,18 +59,13 @@ class SparseTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         return TopKSAEConfig
 
 
-class SparseTopKTrainingSAE(TopKTrainingSAE):
+class SparseTopKTrainingSAE(_ColumnMajor, TopKTrainingSAE):
     """TopK SAE (Gao et al. 2024, arXiv:2406.04093) with the loss and gradients of SAELens' TopK at a fraction of its time.
 
     Dense work is one encoder product; decoding and both weight gradients touch the k active latents of each row only.
     The auxiliary loss is that of SAELens, restricted to the columns of dead latents. ``encode`` and ``decode`` are
     SAELens' own. Saved as an ordinary ``topk`` SAE.
     """
-
-    def __init__(self, cfg: SparseTopKTrainingSAEConfig, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        # column-major: gradients are born as [d_sae, d_in], and a transposition would cost as much as the decoder
-        self.W_enc.data = self.W_enc.data.T.contiguous().T
 
     def sparse_forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, d_in] → reconstruction [batch, d_in], values and indices of active latents [batch, k]."""
@@ -79,10 +87,6 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         )
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
         return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)
-
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors wants row-major
 
 
 def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor, n_dead: int) -> Tensor:
@@ -111,22 +115,15 @@ def _aux_loss(sae: TopKTrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | N
 
 
 @dataclass
-class SparseBatchTopKTrainingSAEConfig(BatchTopKTrainingSAEConfig):
+class SparseBatchTopKTrainingSAEConfig(_UnitDecoder, BatchTopKTrainingSAEConfig):
     """SAELens' BatchTopK settings; decoder rows are expected at unit norm (``train`` keeps them there), not rescaled."""
-
-    rescale_acts_by_decoder_norm: bool = False
-    decoder_init_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_unit_decoder(self)
 
     @classmethod
     def architecture(cls) -> str:
         return "sparse_batchtopk"
 
 
-class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE):
+class SparseBatchTopKTrainingSAE(_ColumnMajor, BatchTopKTrainingSAE):
     """BatchTopK SAE (Bussmann et al. 2024, arXiv:2412.06410) with the loss and gradients of SAELens' BatchTopK.
 
     The batch's ⌊k·batch⌋ largest activations are found among those above a guess, nine tenths of the last batch's
@@ -134,10 +131,6 @@ class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE):
     """
 
     level = 0.0  # the smallest activation kept in the last batch
-
-    def __init__(self, cfg: SparseBatchTopKTrainingSAEConfig, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        self.W_enc.data = self.W_enc.data.T.contiguous().T  # column-major, as in sparse_topk
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As in SAELens; sparse while few latents are active: then ``feature_acts`` is a sparse COO tensor."""
@@ -166,10 +159,6 @@ class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE):
     def _first_guess(self, x: Tensor) -> float:
         pre = self.process_sae_in(x[:64]) @ self.W_enc + self.b_enc  # [64, d_sae]
         return 0.9 * float(pre.relu().flatten().topk(int(self.cfg.k * len(pre)) or 1).values[-1])
-
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors wants row-major
 
 
 @dataclass
@@ -202,7 +191,7 @@ class SparseJumpReLUTrainingSAEConfig(JumpReLUTrainingSAEConfig):
         return JumpReLUSAEConfig
 
 
-class SparseJumpReLUTrainingSAE(JumpReLUTrainingSAE):
+class SparseJumpReLUTrainingSAE(_ColumnMajor, JumpReLUTrainingSAE):
     """JumpReLU SAE (Rajamanoharan et al. 2024, arXiv:2407.14435) with loss ‖x − x̂‖² + λ·(L0/target − 1)².
 
     L0 is the batch's mean, as in ``dictionary_learning``; SAELens' quadratic mode takes it row by row, which also
@@ -210,10 +199,6 @@ class SparseJumpReLUTrainingSAE(JumpReLUTrainingSAE):
     ``dictionary_learning`` feeds its step the activations after the jump, which leaves the upper half only.
     Saved as an ordinary ``jumprelu`` SAE.
     """
-
-    def __init__(self, cfg: SparseJumpReLUTrainingSAEConfig, use_error_term: bool = False):
-        super().__init__(cfg, use_error_term)
-        self.W_enc.data = self.W_enc.data.T.contiguous().T  # column-major, as in sparse_topk
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As in SAELens; sparse while few latents are active: then ``feature_acts`` is a sparse COO tensor."""
@@ -242,10 +227,6 @@ class SparseJumpReLUTrainingSAE(JumpReLUTrainingSAE):
 
     def _l0_loss(self, l0: Tensor, step_input: TrainStepInput) -> Tensor:
         return step_input.coefficients["l0"] * (l0 / self.cfg.target_l0 - 1).pow(2)
-
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_saving(state_dict)
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors wants row-major
 
 
 for _name, _sae, _cfg in (
