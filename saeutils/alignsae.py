@@ -16,33 +16,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from sae_lens import registry
-from sae_lens.saes.sae import SAE, SAEConfig, TrainStepInput
-from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from torch import Tensor, nn
 
+from saeutils.alignlosses import bind_loss, decorrelation, sparse_decorrelation, value_loss
+from saeutils.saes import SparseStandardTrainingSAE, SparseStandardTrainingSAEConfig
 from saeutils.training import train
-
-
-def bind_loss(slots: Tensor, relation: Tensor) -> Tensor:
-    """CE(softmax(z_concept), relation), the binding loss. slots [batch, R], relation [batch] in 0…R−1."""
-    return F.cross_entropy(slots, relation)
-
-
-def value_loss(slots: Tensor, head: nn.Module, answer: Tensor) -> Tensor:
-    """CE(V(z_concept), answer): the answer from the slots alone. ``head`` maps [batch, R] to [batch, answers] at once."""
-    return F.cross_entropy(head(slots), answer)
-
-
-def decorrelation(slots: Tensor, free: Tensor, eps: float = 1e-8) -> Tensor:
-    """‖corr(z_concept, z_free)‖²_F over a batch, [batch, R] and [batch, n_free] → scalar.
-
-    Only the R × n_free block of the correlation matrix is built, and ``free`` is never copied: as the slots are centred,
-    the product with the raw ``free`` is the covariance already. A latent that never fires correlates with nothing.
-    """
-    centred = slots - slots.mean(0)
-    covariance = centred.T @ free / len(free)  # [R, n_free]
-    var = free.var(0, correction=0)  # [n_free]
-    return (covariance.pow(2) / (centred.pow(2).mean(0)[:, None] * var + eps)).sum()
 
 
 def _top(pre: Tensor, slots: int, k: int | None) -> Tensor:
@@ -76,7 +56,7 @@ class AlignSAE(StandardSAE):
 
 
 @dataclass
-class AlignTrainingSAEConfig(StandardTrainingSAEConfig):
+class AlignTrainingSAEConfig(SparseStandardTrainingSAEConfig):
     """Settings of an AlignSAE; inputs are expected at mean norm √d (``Activations.scale``), decoder rows at norm 1.
 
     Args:
@@ -113,7 +93,7 @@ class AlignTrainingSAEConfig(StandardTrainingSAEConfig):
         return AlignSAEConfig if self.free_k else StandardSAEConfig
 
 
-class AlignTrainingSAE(StandardTrainingSAE):
+class AlignTrainingSAE(SparseStandardTrainingSAE):
     """Stage 1 while ``labels`` is None: ‖h − ĥ‖² + λ_sp‖z‖₁. Stage 2 adds binding, decorrelation and value losses.
 
     ``labels``: (relation [batch], answer [batch]) of the batch that comes next; :func:`labelled` sets it. The penalty on
@@ -134,18 +114,38 @@ class AlignTrainingSAE(StandardTrainingSAE):
         pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         return self.hook_sae_acts_post(_top(pre, len(self.cfg.slots), self.cfg.free_k)), pre
 
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Sparse once few latents are active; with a TopK free bank always dense."""
+        if self.cfg.free_k:
+            return TrainingSAE.training_forward_pass(self, step_input)
+        return super().training_forward_pass(step_input)
+
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
     ) -> dict[str, Tensor]:
-        losses, cfg = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out), self.cfg
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        slots, free = feature_acts[:, : len(self.cfg.slots)], feature_acts[:, len(self.cfg.slots) :]
+        return losses | self._supervised(slots, lambda: decorrelation(slots.detach(), free))
+
+    def sparse_losses(
+        self, step_input: TrainStepInput, values: Tensor, row: Tensor, column: Tensor
+    ) -> dict[str, Tensor]:
+        losses, n = super().sparse_losses(step_input, values, row, column), len(self.cfg.slots)
+        bound, free = (column < n).nonzero()[:, 0], (column >= n).nonzero()[:, 0]
+        slots = values.new_zeros(len(step_input.sae_in), n).index_put((row[bound], column[bound]), values[bound])
+        parts = values[free], row[free], column[free] - n, self.cfg.d_sae - n
+        return losses | self._supervised(slots, lambda: sparse_decorrelation(slots.detach(), *parts))
+
+    def _supervised(self, slots: Tensor, correlation: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """The losses of stage 2; slots [batch, R]."""
+        losses, cfg = {}, self.cfg
         if self.labels is None:
             return losses
-        relation, answer = (y.to(feature_acts.device) for y in self.labels)
-        slots, free = feature_acts[:, : len(cfg.slots)], feature_acts[:, len(cfg.slots) :]
+        relation, answer = (y.to(slots.device) for y in self.labels)
         if cfg.bind:
             losses["bind_loss"] = cfg.bind * bind_loss(slots, relation)
         if cfg.decorrelate:
-            losses["decorrelation_loss"] = cfg.decorrelate * decorrelation(slots.detach(), free)
+            losses["decorrelation_loss"] = cfg.decorrelate * correlation()
         if cfg.value and self.head is not None:
             losses["value_loss"] = cfg.value * value_loss(slots, self.head, answer)
         return losses

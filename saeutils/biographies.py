@@ -4,6 +4,8 @@ After the world of AlignSAE (arXiv:2512.02004) and of "Physics of language model
 sentences are our own, in ``data/biographies.json``.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
@@ -11,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,10 +21,12 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from saeutils import archives, pretraining, steering
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from transformer_lens.model_bridge import TransformerBridge
 
 PROMPT = "Q: {}\nA:"
 SHAPE = re.compile(r"Q: .+\nA:")

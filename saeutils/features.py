@@ -1,21 +1,26 @@
 """What a latent does: the texts that activate it, and the tokens that its decoder direction promotes."""
 
+from __future__ import annotations
+
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from sae_lens.saes.sae import SAE
 from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 from saeutils import language
 from saeutils.activations import Activations
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from sae_lens.saes.sae import SAE
+    from transformer_lens.model_bridge import TransformerBridge
 
 DENSE = 2**26  # entries of the largest dense block of activations: 256 MB
 

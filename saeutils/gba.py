@@ -21,6 +21,7 @@ from sae_lens.saes.sae import (
 from torch import Tensor, nn
 
 from saeutils import initializers, sparse
+from saeutils.saes import many_active
 
 
 def geometric(highest: float, lowest: float, groups: int) -> list[float]:
@@ -119,22 +120,18 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
         self._require_normalised(x, step)
         if step and step % self.cfg.every == 0 and float(self.seen):
             self.adapt()
-        with torch.no_grad():
-            dense = float((self.encode(x[:16]) != 0).float().mean()) > sparse.DENSE_ABOVE
-        if dense:
+        if many_active(self, x):
             acts, pre = self.encode_with_hidden_pre(x)
             out = self.decode(acts)
             self.observe(pre.detach() + self.b_enc)
         else:
             zero = self.b_enc.new_zeros(self.cfg.d_sae)
-            out, _, pre, row, column = sparse.JumpReLU.apply(
-                x, self.W_dec.T, zero, self.amplitude[:, None] * self.W_dec, self.b_dec, -self.b_enc, 1e-9, True
+            out, _, pre, row, column = sparse.Active.apply(
+                x, self.W_dec.T, zero, self.amplitude[:, None] * self.W_dec, self.b_dec, -self.b_enc, 0.0, True
             )
             pre = pre.detach()
             self.observe((pre + self.b_enc[column]) * (pre > 0), column)
-            acts = torch.sparse_coo_tensor(
-                torch.stack([row, column]), pre, (len(x), self.cfg.d_sae), check_invariants=False
-            )
+            acts = sparse.coo(row, column, pre, (len(x), self.cfg.d_sae))
         self.seen += len(x)
         mse = (out - x).pow(2).sum(-1).mean()
         return TrainStepOutput(x, out, acts, pre, mse / 2, {"mse_loss": mse})

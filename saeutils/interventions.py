@@ -1,14 +1,19 @@
 """What a dictionary can change: unlearning of a topic, and RAVEL-style disentanglement of facts."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sae_lens.saes.sae import SAE
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
 from saeutils import steering
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from sae_lens.saes.sae import SAE
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @torch.no_grad()

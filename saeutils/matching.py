@@ -1,15 +1,20 @@
 """One-to-one matching of two dictionaries by cosine, exact, and how stable training is across seeds."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import lap
 import numpy as np
 import pandas as pd
 import torch
-from sae_lens.saes.sae import SAE
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from sae_lens.saes.sae import SAE
 
 CANDIDATES = 24  # columns of each row in the first sparse problem; what is missing is added by need
 DENSE_BELOW = 1024  # rows under which scipy's dense solver is quick enough

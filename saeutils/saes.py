@@ -1,6 +1,7 @@
 """SAELens training classes of ours, whose backward pass never leaves the active latents.
 
 ``sparse_topk``, ``sparse_batchtopk``: TopK and BatchTopK. ``sparse_jumprelu``: JumpReLU held at a target L0.
+``sparse_standard``: ReLU + L1.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ import torch
 from sae_lens import registry
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig, JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig, Step
-from sae_lens.saes.sae import SAEConfig, TrainingSAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAEConfig, TrainingSAE, TrainingSAEConfig, TrainStepInput, TrainStepOutput
+from sae_lens.saes.standard_sae import StandardSAEConfig, StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
@@ -35,8 +37,8 @@ class _UnitDecoder:
             raise ValueError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
 
 
-class _ColumnMajor:
-    """W_enc held column-major: gradients are born as [d_sae, d_in], a transposition would cost as much as the decoder."""
+class _Sparse:
+    """Passes over active latents only, and W_enc held column-major: what is found are its columns, gradients are born so."""
 
     def __init__(self, cfg: TrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -45,6 +47,29 @@ class _ColumnMajor:
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()  # safetensors wants row-major
+
+    def sparse_forward(
+        self,
+        x: Tensor,
+        threshold: Tensor | None = None,
+        bandwidth: float = 0.0,
+        k: int | None = None,
+        keep: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [batch, d_in] → reconstruction, L0, the active latents' values [entries], and these as a COO tensor, detached.
+
+        See :class:`saeutils.sparse.Active`; no ``threshold``: 0.
+        """
+        threshold = self.b_enc.new_zeros(self.cfg.d_sae) if threshold is None else threshold
+        weights, shift = (self.W_enc, self.b_enc, self.W_dec, self.b_dec), self.cfg.apply_b_dec_to_input
+        out, l0, values, row, column = sparse.Active.apply(x, *weights, threshold, bandwidth, shift, k, keep)
+        return out, l0, values, sparse.coo(row, column, values, (len(x), self.cfg.d_sae))
+
+
+@torch.no_grad()
+def many_active(sae: TrainingSAE, x: Tensor) -> bool:
+    """Are dense products quicker? Judged by the first rows of ``x`` [batch, d_in]."""
+    return float((sae.encode(x[:16]) != 0).float().mean()) > sparse.DENSE_ABOVE
 
 
 @dataclass
@@ -59,7 +84,7 @@ class SparseTopKTrainingSAEConfig(_UnitDecoder, TopKTrainingSAEConfig):
         return TopKSAEConfig
 
 
-class SparseTopKTrainingSAE(_ColumnMajor, TopKTrainingSAE):
+class SparseTopKTrainingSAE(_Sparse, TopKTrainingSAE):
     """TopK SAE (Gao et al. 2024, arXiv:2406.04093) with the loss and gradients of SAELens' TopK at a fraction of its time.
 
     Dense work is one encoder product; decoding and both weight gradients touch the k active latents of each row only.
@@ -67,24 +92,12 @@ class SparseTopKTrainingSAE(_ColumnMajor, TopKTrainingSAE):
     SAELens' own. Saved as an ordinary ``topk`` SAE.
     """
 
-    def sparse_forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [batch, d_in] → reconstruction [batch, d_in], values and indices of active latents [batch, k]."""
-        shift = self.cfg.apply_b_dec_to_input
-        return sparse.TopK.apply(x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.cfg.k, shift)
-
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """As in SAELens; ``feature_acts`` is a sparse COO tensor, ``hidden_pre`` holds the k values only."""
+        """As in SAELens; ``feature_acts`` is a sparse COO tensor, ``hidden_pre`` its values."""
         x = step_input.sae_in.to(self.dtype)
-        sae_out, values, indices = self.sparse_forward(x)
+        sae_out, _, values, acts = self.sparse_forward(x, k=self.cfg.k)
         mse = (sae_out - x).pow(2).sum(-1).mean()
         aux = _aux_loss(self, x, sae_out, step_input.dead_neuron_mask)
-        row = torch.arange(len(x), device=x.device).repeat_interleave(values.shape[1])
-        acts = torch.sparse_coo_tensor(
-            torch.stack([row, indices.flatten()]),
-            values.detach().flatten(),
-            (len(x), self.cfg.d_sae),
-            check_invariants=False,
-        )
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
         return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)
 
@@ -123,7 +136,7 @@ class SparseBatchTopKTrainingSAEConfig(_UnitDecoder, BatchTopKTrainingSAEConfig)
         return "sparse_batchtopk"
 
 
-class SparseBatchTopKTrainingSAE(_ColumnMajor, BatchTopKTrainingSAE):
+class SparseBatchTopKTrainingSAE(_Sparse, BatchTopKTrainingSAE):
     """BatchTopK SAE (Bussmann et al. 2024, arXiv:2412.06410) with the loss and gradients of SAELens' BatchTopK.
 
     The batch's ⌊k·batch⌋ largest activations are found among those above a guess, nine tenths of the last batch's
@@ -139,15 +152,11 @@ class SparseBatchTopKTrainingSAE(_ColumnMajor, BatchTopKTrainingSAE):
             return super().training_forward_pass(step_input)
         keep, guess = int(cfg.k * len(x)), 0.9 * self.level or self._first_guess(x)
         for lower in (guess, guess / 2, guess / 4, 0.0):
-            sae_out, _, values, row, column = sparse.JumpReLU.apply(
-                x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.b_enc.new_full((cfg.d_sae,), lower), 1e-9,
-                cfg.apply_b_dec_to_input, keep,
-            )  # fmt: skip
+            sae_out, _, values, acts = self.sparse_forward(x, self.b_enc.new_full((cfg.d_sae,), lower), keep=keep)
             if len(values) >= keep or not lower:
                 break
         values = values.detach()
         self.level = float(values.min()) if len(values) else 0.0
-        acts = torch.sparse_coo_tensor(torch.stack([row, column]), values, (len(x), cfg.d_sae), check_invariants=False)
         mse = (sae_out - x).pow(2).sum(-1).mean()
         aux = _aux_loss(self, x, sae_out, step_input.dead_neuron_mask)
         self.update_topk_threshold(values)
@@ -191,7 +200,7 @@ class SparseJumpReLUTrainingSAEConfig(JumpReLUTrainingSAEConfig):
         return JumpReLUSAEConfig
 
 
-class SparseJumpReLUTrainingSAE(_ColumnMajor, JumpReLUTrainingSAE):
+class SparseJumpReLUTrainingSAE(_Sparse, JumpReLUTrainingSAE):
     """JumpReLU SAE (Rajamanoharan et al. 2024, arXiv:2407.14435) with loss ‖x − x̂‖² + λ·(L0/target − 1)².
 
     L0 is the batch's mean, as in ``dictionary_learning``; SAELens' quadratic mode takes it row by row, which also
@@ -202,19 +211,11 @@ class SparseJumpReLUTrainingSAE(_ColumnMajor, JumpReLUTrainingSAE):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As in SAELens; sparse while few latents are active: then ``feature_acts`` is a sparse COO tensor."""
-        with torch.no_grad():
-            self.threshold.clamp_(min=0.0)
-            first, _ = self.encode_with_hidden_pre(step_input.sae_in[:16])
-        if float((first > 0).float().mean()) > sparse.DENSE_ABOVE:
-            return super().training_forward_pass(step_input)
+        self.threshold.data.clamp_(min=0.0)
         x, cfg = step_input.sae_in.to(self.dtype), self.cfg
-        sae_out, l0, values, row, column = sparse.JumpReLU.apply(
-            x, self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.threshold, cfg.jumprelu_bandwidth,
-            cfg.apply_b_dec_to_input,
-        )  # fmt: skip
-        acts = torch.sparse_coo_tensor(
-            torch.stack([row, column]), values.detach(), (len(x), cfg.d_sae), check_invariants=False
-        )
+        if many_active(self, x):
+            return super().training_forward_pass(step_input)
+        sae_out, l0, values, acts = self.sparse_forward(x, self.threshold, cfg.jumprelu_bandwidth)
         losses = {"mse_loss": (sae_out - x).pow(2).sum(-1).mean(), "l0_loss": self._l0_loss(l0, step_input)}
         return TrainStepOutput(x, sae_out, acts, values, sum(losses.values()), losses)
 
@@ -229,10 +230,47 @@ class SparseJumpReLUTrainingSAE(_ColumnMajor, JumpReLUTrainingSAE):
         return step_input.coefficients["l0"] * (l0 / self.cfg.target_l0 - 1).pow(2)
 
 
+@dataclass
+class SparseStandardTrainingSAEConfig(StandardTrainingSAEConfig):
+    """SAELens' settings of ReLU + L1."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "sparse_standard"
+
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return StandardSAEConfig
+
+
+class SparseStandardTrainingSAE(_Sparse, StandardTrainingSAE):
+    """ReLU + L1 SAE (Bricken et al. 2023) with the loss and gradients of SAELens' ``standard``, saved as one.
+
+    From random weights half of all latents are active, so it starts with SAELens' dense pass.
+    """
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """As in SAELens; sparse once few latents are active: then ``feature_acts`` is a sparse COO tensor."""
+        x, cfg = step_input.sae_in.to(self.dtype), self.cfg
+        if many_active(self, x) or cfg.lp_norm != 1:
+            return super().training_forward_pass(step_input)
+        sae_out, _, values, acts = self.sparse_forward(x)
+        losses = {"mse_loss": (sae_out - x).pow(2).sum(-1).mean()}
+        losses |= self.sparse_losses(step_input, values, *acts._indices())
+        return TrainStepOutput(x, sae_out, acts, values, sum(losses.values()), losses)
+
+    def sparse_losses(
+        self, step_input: TrainStepInput, values: Tensor, row: Tensor, column: Tensor
+    ) -> dict[str, Tensor]:
+        """What ``calculate_aux_loss`` gives, from the active latents' ``values`` at (row, column), [entries]."""
+        norms = self.W_dec.norm(dim=1).index_select(0, column)
+        return {"l1_loss": step_input.coefficients["l1"] * (values * norms).sum() / len(step_input.sae_in)}
+
+
 for _name, _sae, _cfg in (
     ("sparse_topk", SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig),
     ("sparse_batchtopk", SparseBatchTopKTrainingSAE, SparseBatchTopKTrainingSAEConfig),
     ("sparse_jumprelu", SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig),
+    ("sparse_standard", SparseStandardTrainingSAE, SparseStandardTrainingSAEConfig),
 ):
     if _name not in registry.SAE_TRAINING_CLASS_REGISTRY:
         registry.register_sae_training_class(_name, _sae, _cfg)

@@ -4,7 +4,6 @@ import os
 from types import SimpleNamespace
 
 import pandas as pd
-import torch
 
 SCALES = ("smoke", "laptop", "colab", "paper")
 
@@ -16,6 +15,8 @@ def current(scale: str = "auto") -> str:
         ValueError: not one of the scales.
     """
     if scale == "auto":
+        import torch  # late: what only reads claims or figures need not wait for it
+
         scale = os.environ.get("SAEUTILS_SCALE") or ("colab" if torch.cuda.is_available() else "laptop")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}: one of {SCALES}, or 'auto'")

@@ -7,14 +7,19 @@ Latent edits add decode(f′) − decode(f) to the activation: whatever the SAE 
 in place, so nothing cancels the edit, and an SAE that normalises its input gets each token's own scale back.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from sae_lens.saes.sae import SAE
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from sae_lens.saes.sae import SAE
+    from transformer_lens.model_bridge import TransformerBridge
 
 Edit = tuple[str, Callable[..., Tensor]]
 Positions = slice | Sequence[int] | None
@@ -40,9 +45,8 @@ def _edit(hook: str, d: int, delta: Callable[[Tensor], Tensor], positions: Posit
             state.update(seen=0, prompt=length)
         place = torch.arange(state["seen"], state["seen"] + length, device=x.device)
         state["seen"] += length
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        if wanted is not None:
-            mask = mask & _selected(place, wanted, state["prompt"])
+        chosen = True if wanted is None else _selected(place, wanted, state["prompt"])
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) & chosen
         if positions == AFTER_BOS and length > 2:
             norms = x.float().norm(dim=-1)  # [batch, position]
             mask = mask & (norms <= SINK * norms.median())
@@ -278,19 +282,17 @@ def loss_recovered(
 
     def remember(x, hook=None):
         flat = x[:, 1:][state["real"]].float()
-        fine = flat[flat.norm(dim=1) <= SINK * flat.norm(dim=1).median()]
+        fine = flat[(norms := flat.norm(dim=1)) <= SINK * norms.median()]
         total[0], total[1] = total[0] + fine.sum(0), total[1] + len(fine)
 
     def loss(edit: Edit) -> float:
         return mean_loss(lm, rows, [edit], batch_size, lambda real: state.update(real=real))
 
-    if known:
-        clean, zero, averaged = (known[name] for name in ("clean", "zero", "mean"))
-    else:
+    clean, zero, averaged = ((known or {}).get(name) for name in ("clean", "zero", "mean"))
+    if not known:
         clean = loss((hook, remember))
-        mean = total[0] / total[1]
         zero = loss(_edit(hook, sae.cfg.d_in, lambda x: -x, AFTER_BOS))
-        averaged = loss(_edit(hook, sae.cfg.d_in, lambda x: mean - x, AFTER_BOS))
+        averaged = loss(_edit(hook, sae.cfg.d_in, lambda x: total[0] / total[1] - x, AFTER_BOS))
     spliced = loss(splice(hook, sae))
     return {
         "clean": clean, "sae": spliced, "zero": zero, "mean": averaged,

@@ -1,21 +1,26 @@
 """Widgets around the plots: they hold no logic, and use core ipywidgets common to versions 7.7 and 8."""
 
+from __future__ import annotations
+
 import html
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ipywidgets as w
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from IPython.display import display
-from sae_lens.saes.sae import SAE
 from sklearn.metrics import cohen_kappa_score
-from transformer_lens.model_bridge import TransformerBridge
 
 from saeutils import features, language, plots, steering
+
+if TYPE_CHECKING:  # late: together they take seconds to import
+    from sae_lens.saes.sae import SAE
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 def _wide(text: str, **layout) -> dict:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -26,8 +28,6 @@ TOP = {
 
 
 def test_nothing_else_at_the_top():
-    import subprocess
-
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
     assert {p.split("/")[0] for p in listed if p and not p.startswith(".")} <= TOP
 
@@ -149,3 +149,13 @@ def test_card_of_the_shipped_sae():
     assert sae.cfg.architecture() == "topk" and sae.cfg.d_sae <= 8192 and sae.cfg.d_in == 640
     assert {"tokens", "l0", "fvu", "loss_recovered", "dead"} <= set(card)
     assert card["loss_recovered"] >= 0.95 and card["dead"] <= 0.05
+
+
+def test_only_what_trains_or_loads_an_sae_imports_saelens():
+    light = (
+        "archives claims scales text plots metrics matching matching_large steering interventions quality checkpoints"
+    )
+    heavy = "sorted({'sae_lens', 'transformer_lens', 'transformers'} & set(sys.modules))"
+    code = f"import sys; from saeutils import {', '.join(light.split())}; print({heavy})"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out == "[]\n"
