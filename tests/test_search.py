@@ -54,7 +54,7 @@ def test_bound_holds_where_rounding_is_worst():
     x = torch.full((3, 2048), 1 + 2.0**-8 + 2.0**-20)
     W = torch.cat([x, -x, x * 0.999])
     bias = -(x[:1].double() @ W.double().T)[0].float() * (1 - 1e-4)  # what is left of it decides
-    ((row, column, value),) = search._bounded(x, W, bias, None)
+    ((_row, column, value),) = search._bounded(x, W, bias, None)
     assert sorted(set(column.tolist())) == [0, 1, 2, 6, 7, 8] and (value > 0).all()
 
 

@@ -1,4 +1,8 @@
-"""One whole training step of every kind of SAE at three sizes: ours, SAELens, dictionary_learning, sparsify, one matmul."""
+"""One whole training step of every kind of SAE at three sizes: ours, SAELens, dictionary_learning, sparsify, one matmul.
+
+L0 is k: ReLU SAEs of ours and of SAELens get biases at which each latent fires on k/n of the rows (a dense step takes as
+long whatever is active). TopK also with one latent in twenty dead, where the auxiliary loss is paid.
+"""
 
 import importlib
 from functools import partial
@@ -17,7 +21,7 @@ from saeutils.training import _Options, _Trainer
 BATCH = 4096
 SIZES = {"576 → 9,216, k 32": (576, 9216, 32), "768 → 12,288, k 64": (768, 12_288, 64), "2,048 → 16,384, k 64": (2048, 16_384, 64)}  # fmt: skip
 WHO = {
-    "TopK": ("SAELens", "SAELens sparse", "dictionary_learning", "sparsify"),
+    "TopK": ("SAELens", "SAELens sparse", "dictionary_learning", "sparsify"), "TopK with 5% dead": ("SAELens",),
     "BatchTopK": ("SAELens", "dictionary_learning"),
     "JumpReLU": ("SAELens", "dictionary_learning"), "ReLU+L1": ("SAELens", "dictionary_learning"),
     "GBA": (), "AlignSAE": (),
@@ -31,8 +35,10 @@ def rows(d: int) -> torch.Tensor:
     return normalize(x, dim=1).to(default_device())
 
 
-def stepper(trainer, x: torch.Tensor):
+def stepper(trainer, x: torch.Tensor, dead: bool = False):
     def step() -> None:
+        if dead:  # again before every step: some would fire in the last
+            trainer.n_forward_passes_since_fired[::20] = trainer.cfg.dead_feature_window + 1
         trainer.step(x)
         trainer.n_training_steps += 1
 
@@ -49,26 +55,34 @@ def saelens_config() -> SAETrainerConfig:
     )
 
 
+def sparse_relu(sae, x: torch.Tensor, k: int):
+    """Biases at which every latent fires on k/n of the rows."""
+    counts = torch.full((sae.cfg.d_sae,), round(k / sae.cfg.d_sae * BATCH), device=x.device)
+    sae.b_enc.data.copy_(-initializers.firing_levels(x, sae.W_enc, counts))
+    return sae
+
+
 def ours(kind: str, d: int, n: int, k: int):
     x, common = rows(d), dict(d_in=d, d_sae=n, device=default_device())
-    if kind == "TopK":
+    if kind.startswith("TopK"):
         sae = saes.SparseTopKTrainingSAE(saes.SparseTopKTrainingSAEConfig(**common, k=k))
     elif kind == "BatchTopK":
         sae = saes.SparseBatchTopKTrainingSAE(saes.SparseBatchTopKTrainingSAEConfig(**common, k=float(k)))
     elif kind == "JumpReLU":
         sae = initializers.start_jumprelu(n, k, x, partial(initializers.random_decoder, seed=0))
     elif kind == "ReLU+L1":
-        sae = standard_sae.StandardTrainingSAE(standard_sae.StandardTrainingSAEConfig(**common, l1_coefficient=0.1))
+        cfg = saes.SparseStandardTrainingSAEConfig(**common, l1_coefficient=0.1)
+        sae = sparse_relu(saes.SparseStandardTrainingSAE(cfg), x, k)
     elif kind == "GBA":
         shape = gba.geometric(1.0, 0.01, 16)
         frequencies = [k / n * v * len(shape) / sum(shape) for v in shape]  # their mean is k/n
         sae = gba.GBATrainingSAE(gba.GBATrainingSAEConfig(**common, frequencies=frequencies))
         sae.calibrate(x)
     else:
-        cfg = alignsae.AlignTrainingSAEConfig(**common, slots=list("abcdef"), answers=10, free_k=k)
-        sae = alignsae.AlignTrainingSAE(cfg)
+        cfg = alignsae.AlignTrainingSAEConfig(**common, slots=list("abcdef"), answers=10)
+        sae = sparse_relu(alignsae.AlignTrainingSAE(cfg), x, k)
         sae.labels = torch.arange(BATCH) % 6, torch.zeros(BATCH, dtype=torch.long)
-    return stepper(_Trainer("", saelens_config(), sae, _Options(), None), x)
+    return stepper(_Trainer("", saelens_config(), sae, _Options(), None), x, "dead" in kind)
 
 
 def saelens(kind: str, d: int, n: int, k: int, **options):
@@ -78,13 +92,15 @@ def saelens(kind: str, d: int, n: int, k: int, **options):
         "BatchTopK": (batchtopk_sae, "BatchTopK", dict(k=float(k))),
         "JumpReLU": (jumprelu_sae, "JumpReLU", {}),
         "ReLU+L1": (standard_sae, "Standard", dict(l1_coefficient=0.1)),
-    }[kind]
+    }[kind.split()[0]]
     sae = getattr(module, f"{cls}TrainingSAE")(
         getattr(module, f"{cls}TrainingSAEConfig")(**common, **settings, **options)
     )
     if kind == "JumpReLU":
         initializers.calibrate(sae, x, k)
-    return stepper(SAETrainer(saelens_config(), sae, iter([])), x)
+    if kind == "ReLU+L1":
+        sparse_relu(sae, x, k)
+    return stepper(SAETrainer(saelens_config(), sae, iter([])), x, "dead" in kind)
 
 
 def dictionary_learning(kind: str, d: int, n: int, k: int):
