@@ -7,15 +7,9 @@ from pathlib import Path
 
 import torch
 
-from saeutils import archives
+from saeutils import archives, optim
 
 STATE = ("fired", "seen", "resampled", "n_training_steps")
-
-
-def fuse(optimizer: torch.optim.Adam) -> None:
-    """One kernel for all parameters (a loaded state brings back the flags it was saved with)."""
-    for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = True, False
 
 
 def save(folder: Path, trainer) -> None:
@@ -84,7 +78,7 @@ def restore(path: Path, trainer) -> None:
         raise ValueError(f"{path} was trained with another {', '.join(changed)}: give another checkpoint folder")
     trainer.sae.load_weights_from_checkpoint(path)
     trainer.load_trainer_state(path)
-    fuse(trainer.optimizer)
+    optim.fuse(trainer.optimizer)
     trainer.recent.extend(extra.get("recent", []))
     trainer.generator.set_state(extra["generator"])
     for name in STATE:

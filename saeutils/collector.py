@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from saeutils import models
+from saeutils import memory, models
 
 HOOKS = ("hook_resid_post", "hook_mlp_out")
 SHARD_TOKENS = 65_536
@@ -120,6 +120,7 @@ class Collector:
     """Runs an LM, truncated at the hook's block, and returns activations of pools of windows as flat rows."""
 
     def __init__(self, lm: str, hook: str, batch_tokens: int = 2048, **load):
+        memory.reuse()
         self.model, self.tokenizer = models.load_hf(lm, layers=parse_hook(hook)[0] + 1, **load)
         self.hook, self.batch_tokens = hook, batch_tokens
         self.module = hooked_module(self.model, hook)

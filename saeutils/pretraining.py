@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saeutils import models
+from saeutils import memory, models
 
 
 def fit(
@@ -32,6 +32,7 @@ def fit(
     Returns:
         :func:`saeutils.models.checkpoints` of ``folder``.
     """
+    memory.reuse()
     last, done = max(steps), 0
     folder.mkdir(parents=True, exist_ok=True)
     if all((folder / f"step-{n:07d}").exists() for n in steps):

@@ -4,7 +4,7 @@ Where a processor multiplies bfloat16 several times as fast as float32 (AVX-512 
 is cheap, and only what may pass is computed in float32: the outcome is that of the dense float32 product.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -60,19 +60,18 @@ def _dense(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tuple[
 def _bounded(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """With x̂, ŵ rounded to bfloat16, x·w ≤ x̂·ŵ + ‖x‖·E, E = max‖x − x̂‖/‖x‖·‖ŵ‖ + ‖w − ŵ‖ + γ‖w‖ (γ: sums in float32).
 
-    Bias and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair. The k-th largest value of a
-    row is at least the k-th largest bound less twice the largest error: what is bounded below that cannot be among them.
+    Bias and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair.
     """
     low, norms = x.bfloat16(), x.norm(dim=1)  # [batch]
     lost = float(((x - low.float()).norm(dim=1) / norms.clamp_min(1e-30)).max())
-    sums = x.shape[1] * 2.0**-22
     Wl = torch.empty(len(W), W.shape[1] + 2, dtype=torch.bfloat16)
     error = torch.empty(len(W))
     for at in range(0, len(W), ROWS):
         w = W[at : at + ROWS]
         Wl[at : at + ROWS, :-2] = w
         rounded = Wl[at : at + ROWS, :-2].float()
-        error[at : at + ROWS] = (w - rounded).norm(dim=1) + lost * rounded.norm(dim=1) + sums * w.norm(dim=1)
+        sums = x.shape[1] * 2.0**-23 * w.norm(dim=1)
+        error[at : at + ROWS] = (w - rounded).norm(dim=1) + lost * rounded.norm(dim=1) + sums
     Wl[:, -2], Wl[:, -1] = _up(bias), _up(error)
     low = torch.cat([low, torch.ones_like(low[:, :1]), _up(norms)[:, None]], dim=1)  # [batch, d + 2]
     slack = 2 * (norms * float(Wl[:, -1].max()) + float((Wl[:, -2].float() - bias).max()))  # [batch]
@@ -81,10 +80,46 @@ def _bounded(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tupl
         part = low[at : at + ROWS]
         # positive bfloat16 are in order as integers, which numpy partitions and compares many at a time
         bound = torch.mm(part, Wl.T, out=buffer[: len(part)]).view(torch.int16).numpy()
-        floor = 0 if k is None else _floor(bound, k, slack[at : at + ROWS])
-        i, j = (torch.from_numpy(n) for n in np.divmod(np.flatnonzero(bound > floor), len(W)))
-        value = dots(x, W, i.add_(at), j) + bias[j]
-        yield _largest(i, j, value, k)
+
+        def value(i: Tensor, j: Tensor, at: int = at) -> Tensor:
+            return dots(x, W, i + at, j) + bias[j]
+
+        if k is None:
+            i, j = _pairs(np.flatnonzero(bound > 0), len(W))
+            values = value(i, j)
+            i, j, values = i[values > 0], j[values > 0], values[values > 0]
+        else:
+            i, j, values = _largest(bound, k, slack[at : at + ROWS], value)
+        yield at + i, j, values
+
+
+def _largest(bound: np.ndarray, k: int, slack: Tensor, value: Callable) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``k`` largest positive values of each row, given upper bounds [rows, n] and what they exceed values by at most.
+
+    First those with the k largest bounds are computed; others only where their bound exceeds the least of these.
+    """
+    n = bound.shape[1]
+    kth = np.partition(bound, n - k, axis=1)[:, n - k].clip(0)
+    least = (_float(kth) * (1 - UP) - slack).clamp_min(0) * (1 - UP)  # of the k largest values
+    flat = np.flatnonzero(bound > least.bfloat16().view(torch.int16).numpy()[:, None])
+    (i, j), bound = _pairs(flat, n), bound.ravel()[flat]
+    first = torch.from_numpy(bound >= kth[i.numpy()])
+    place = torch.arange(len(i)) - torch.searchsorted(i, i)  # among its row's
+    width = max(k, int(place.max()) + 1 if len(i) else 0)
+    table = torch.full((len(kth), width), -torch.inf)  # [rows, candidates]
+    table[i[first], place[first]] = value(i[first], j[first])
+    least = table.topk(k, dim=1, sorted=False).values.amin(1)
+    others = ~first & (_float(bound) * (1 + UP) > least[i])
+    table[i[others], place[others]] = value(i[others], j[others])
+    kept = torch.zeros_like(table, dtype=torch.bool).scatter_(1, table.topk(k, dim=1, sorted=False).indices, True)
+    values = table[i, place]
+    chosen = kept[i, place] & (values > 0)
+    return i[chosen], j[chosen], values[chosen]
+
+
+def _pairs(flat: np.ndarray, n: int) -> tuple[Tensor, Tensor]:
+    i, j = np.divmod(flat, n)
+    return torch.from_numpy(i), torch.from_numpy(j)
 
 
 def _up(t: Tensor) -> Tensor:
@@ -92,23 +127,5 @@ def _up(t: Tensor) -> Tensor:
     return (t + t.abs() * UP).bfloat16()
 
 
-def _floor(bound: np.ndarray, k: int, slack: Tensor) -> np.ndarray:
-    """What bounds must exceed to be candidates for the k largest of their row, as integers, [rows, 1]."""
-    n = bound.shape[1]
-    kth = np.partition(bound, n - k, axis=1)[:, n - k]
-    lowest = torch.from_numpy(kth.clip(0)).view(torch.bfloat16).float() * (1 - UP) - slack
-    return (lowest * (1 - UP)).clamp_min(0).bfloat16().view(torch.int16).numpy()[:, None]
-
-
-def _largest(i: Tensor, j: Tensor, value: Tensor, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Positive entries, of each row at most the k largest; rows in order."""
-    if k is not None and len(i):
-        first = torch.searchsorted(i, i)  # of each entry's row
-        place, inverse = torch.arange(len(i)) - first, i - i[0]
-        table = value.new_full((int(inverse[-1]) + 1, max(k, int(place.max()) + 1)), -torch.inf)
-        table[inverse, place] = value
-        kept = torch.zeros_like(table, dtype=torch.bool).scatter_(1, table.topk(k, dim=1, sorted=False).indices, True)
-        chosen = kept[inverse, place] & (value > 0)
-    else:
-        chosen = value > 0
-    return i[chosen], j[chosen], value[chosen]
+def _float(bits: np.ndarray) -> Tensor:
+    return torch.from_numpy(bits).view(torch.bfloat16).float()

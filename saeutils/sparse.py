@@ -22,7 +22,9 @@ def transposed(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Callable[
     def times(entries: Tensor, dense: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse")
-            return torch.sparse_csr_tensor(crow, sources, entries[order], (d_sae, batch)) @ dense
+            matrix = torch.sparse_csr_tensor(crow, sources, entries[order], (d_sae, batch))
+            out = dense.new_zeros(d_sae, dense.shape[1])
+            return torch.addmm(out, matrix, dense, beta=0, out=out)  # ``@`` makes the zeros and then a copy of them
 
     return times
 

@@ -16,7 +16,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils import checkpoints, initializers
+from saeutils import checkpoints, initializers, memory, optim
 from saeutils.metrics import fvu, orthogonality
 from saeutils.resampling import RESAMPLERS, reset_adam
 from saeutils.saes import aux_k_loss
@@ -24,7 +24,6 @@ from saeutils.saes import aux_k_loss
 DEAD = ("none", "post", "anthropic", "aux_k")
 RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions
 WINDOW = 8  # batches among which ``orders`` shuffles rows
-CHUNK = 512  # decoder rows handled at a time, so that gradient and weights meet in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,13 @@ class _Trainer(SAETrainer):
     """SAELens' trainer with a fused optimiser, sparse bookkeeping, a history, and decoder rows kept at unit norm."""
 
     def __init__(self, name: str, cfg: SAETrainerConfig, sae: TrainingSAE, options: _Options, folder: Path | None):
+        memory.reuse()
         super().__init__(cfg, sae, iter(()))  # batches are handed to advance() one by one
         self.name, self.options, self.folder = name, options, folder
         self.aux_k = options.aux_k if options.dead == "aux_k" or isinstance(sae, TopKTrainingSAE) else 0.0
         self.clip = torch.ones((), device=cfg.device)  # the fused kernel divides gradients by it as it reads them
         self.optimizer.grad_scale, self.optimizer.found_inf = self.clip, torch.zeros((), device=cfg.device)
-        checkpoints.fuse(self.optimizer)
+        optim.fuse(self.optimizer)
         self.fired = torch.zeros(sae.cfg.d_sae, device=cfg.device)  # rows each latent fired on since the last check
         self.seen = self.resampled = 0
         self.rows: list[dict] = []
@@ -130,13 +130,14 @@ class _Trainer(SAETrainer):
         self._count(output.feature_acts)
         output.loss.backward()
         if self.options.unit_norm:
-            remove_parallel_gradient(sae.W_dec)
+            optim.remove_parallel_gradient(sae.W_dec)
         norm = torch.stack([p.grad.norm() for p in sae.parameters() if p.grad is not None]).norm()
         self.clip.copy_(norm.clamp_min(1.0))  # gradient norm clipped at 1, as SAELens does
-        self.optimizer.step()
+        with optim.row_major(self.optimizer):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if self.options.unit_norm:
-            normalise_rows(sae.W_dec)
+            optim.normalise_rows(sae.W_dec)
         self.lr_scheduler.step()
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
@@ -164,20 +165,6 @@ class _Trainer(SAETrainer):
         self.n_frac_active_samples += acts.shape[0]
         self.fired += fired
         self.seen += acts.shape[0]
-
-
-@torch.no_grad()
-def remove_parallel_gradient(W_dec: Tensor) -> None:
-    """Project each row's gradient onto the tangent of its unit sphere: g ← g − (g·w)w (Bricken et al. 2023)."""
-    for grad, row in zip(W_dec.grad.split(CHUNK), W_dec.split(CHUNK)):
-        grad.sub_((grad * row).sum(1, keepdim=True) * row)
-
-
-@torch.no_grad()
-def normalise_rows(W_dec: Tensor) -> None:
-    """Every row back to norm 1, in place."""
-    for row in W_dec.split(CHUNK):
-        row.div_(row.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
 
 def train(
@@ -258,7 +245,7 @@ def train(
         if not found and median_rows:
             one.b_dec.data.copy_(median)
         if not found and unit_norm:
-            normalise_rows(one.W_dec)
+            optim.normalise_rows(one.W_dec)
         trainers.append(trainer := _Trainer(name, cfg, one, options, folders.get(name)))
         if found:
             checkpoints.restore(found[name], trainer)

@@ -49,7 +49,7 @@ def test_history_schedule_and_constraint(rows):
 def test_gradient_is_tangential(rows):
     sae = _topk()
     ((sae(rows[:64]) - rows[:64]) ** 2).sum().backward()
-    from saeutils.training import remove_parallel_gradient
+    from saeutils.optim import remove_parallel_gradient
 
     full = sae.W_dec.grad.clone()
     remove_parallel_gradient(sae.W_dec)
