@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import lap
 import numpy as np
@@ -12,27 +12,31 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from tqdm.auto import tqdm
+
+from saeutils import search
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
 
-CANDIDATES = 24  # columns of each row in the first sparse problem; what is missing is added by need
+NEIGHBOURS = 24  # columns of each row in the first sparse problem; what is missing is added by need
 DENSE_BELOW = 1024  # rows under which scipy's dense solver is quick enough
 ROUNDS = 8
 LONGEST = 1000  # steps of a path
-MARGIN = 1e-3  # the first round also takes pairs this close to their bound: later rounds shift prices
-BLOCK = 128  # rows looked at together: they stay in the processor's cache
+MARGIN = 1e-2  # the first round also takes pairs this close to their bound: later rounds shift prices
+WORST = 32  # pairs above their bound that a row adds in a round
 TIGHT = 1e-10  # a cosine this far above its dual bound counts as a violation
+CONTESTED = 24  # violations a row above which rows compete for the same columns: scipy is quicker
+ROUNDING = 1e-6  # of a float32 cosine less its prices
 
 
 def match(A: Tensor, B: Tensor, *, dense_below: int = DENSE_BELOW) -> tuple[Tensor, Tensor]:
     """Exact maximum-cosine assignment between the rows of ``A`` [n, d] and ``B`` [m, d].
 
     Solves the assignment on each row's nearest columns only, then proves or repairs it: from the sparse optimum come dual
-    prices u, v, and every pair of the dense matrix with cos > u + v joins the candidates until there is none. At that
-    point the dual bound equals the total, so no assignment of the dense problem is better (linear-programming duality).
-    Small and rectangular problems go to scipy's dense solver. Memory: the cosine matrix in float32, 4·n·m bytes, and a
-    fraction of it.
+    prices u, v, and every pair with cos > u + v joins the candidates until there is none. At that point the dual bound
+    equals the total, so no assignment of the dense problem is better (linear-programming duality). The cosine matrix is
+    passed over by blocks, never held. Small and rectangular problems go to scipy's dense solver.
 
     Returns:
         partner: [n] row of ``B`` for each row of ``A``, −1 for the rows left over where n > m.
@@ -46,17 +50,48 @@ def match(A: Tensor, B: Tensor, *, dense_below: int = DENSE_BELOW) -> tuple[Tens
         raise ValueError(f"A has width {A.shape[1]}, B {B.shape[1]}: match rows of the same space (same hook point)")
     if flipped := len(A) > len(B):
         A, B = B, A
-    cosines = (A @ B.T).cpu().numpy()  # [n, m], n ≤ m
-    column = None if len(A) < max(dense_below, len(B)) else _sparse_assignment(cosines)
+    column = None if len(A) < max(dense_below, len(B)) else _proven(A, B)
     if column is None:
-        column = linear_sum_assignment(cosines, maximize=True)[1]
-    best = torch.from_numpy(cosines[np.arange(len(column)), column])
+        column = linear_sum_assignment((A @ B.T).cpu().numpy(), maximize=True)[1]
     column = torch.from_numpy(column.astype(np.int64))
+    best = _cosines(A, B, torch.arange(len(A)), column)
     if not flipped:
         return column, best
     partner, cosine = torch.full((len(B),), -1), torch.full((len(B),), torch.nan)
     partner[column], cosine[column] = torch.arange(len(A)), best
     return partner, cosine
+
+
+def match_certified(
+    A: Tensor, B: Tensor, *, neighbours: int = NEIGHBOURS, rounds: int = 2, progress: bool = True
+) -> tuple[Tensor, Tensor, float]:
+    """As :func:`match` for dictionaries of one shape [n, d], but stops after ``rounds`` and says how good the result is.
+
+    For any prices no assignment exceeds Σu + Σv + Σ_i max_j (cos_ij − u_i − v_j)₊ (linear-programming duality); the prices
+    of a sparse optimum make this close. Best assignment and least bound of all rounds are kept. Memory: both dictionaries
+    twice, the candidates, a block of 256 rows of cosines.
+
+    Returns:
+        partner [n], cosine [n], and the gap: how much more any assignment's summed cosine can be, n·1e-6 for the
+        rounding of float32 included (divide by n for the mean's).
+
+    Raises:
+        ValueError: matrices of unequal shape, empty, NaN or inf; no rounds.
+    """
+    A, B = _unit(A, "A"), _unit(B, "B")
+    if A.shape != B.shape or rounds < 1:
+        raise ValueError(
+            f"A is {tuple(A.shape)}, B {tuple(B.shape)}: give dictionaries of one shape, rounds of at least 1"
+        )
+    best = least = None
+    for r in _rounds(A, B, neighbours, rounds, progress):
+        bound = r.u.sum() + r.v.sum() + r.most.sum() + len(A) * ROUNDING
+        least = bound if least is None else min(least, bound)
+        if best is None or r.own.sum() > best.own.sum():
+            best = r
+        if not r.violations:
+            break
+    return torch.from_numpy(best.chosen.astype(np.int64)), torch.from_numpy(best.own).float(), least - best.own.sum()
 
 
 def _unit(W: Tensor, name: str) -> Tensor:
@@ -65,28 +100,86 @@ def _unit(W: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} is {tuple(W.shape)}: give a matrix with one latent a row")
     if not (finite := torch.isfinite(W).all(1)).all():
         raise ValueError(f"{name} has NaN or inf in {int((~finite).sum())} rows: the training diverged, train it again")
-    return W / W.norm(dim=1, keepdim=True).clamp_min(1e-12)  # a zero row has cosine 0 with everything
+    return (W / W.norm(dim=1, keepdim=True).clamp_min(1e-12)).contiguous()  # a zero row has cosine 0 with everything
 
 
-def _sparse_assignment(cosines: np.ndarray) -> np.ndarray | None:
+def _cosines(A: Tensor, B: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """cos of the pairs, float32: always the same for a pair, whoever asks."""
+    return search.dots(A, B, row.to(A.device), column.to(A.device)).cpu()
+
+
+class _Round(NamedTuple):
+    """An optimal assignment of a sparse problem: ``chosen`` column, ``own`` cosine, prices, and what exceeds u + v."""
+
+    chosen: np.ndarray
+    own: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
+    settled: bool
+    most: np.ndarray
+    violations: int
+
+
+def _proven(A: Tensor, B: Tensor) -> np.ndarray | None:
     """Column of every row in an optimal assignment of the dense problem, or None if it was not proven in ROUNDS."""
-    n = len(cosines)
-    dense = torch.from_numpy(cosines)
-    near = dense.topk(min(CANDIDATES, n), dim=1, sorted=False).indices.numpy()  # [n, K]
-    some = np.arange(n) * (n + 1)  # (i, i): a full assignment is possible
-    known, v = np.union1d((np.arange(n)[:, None] * n + near).ravel(), some), np.zeros(n)
-    for round in range(ROUNDS):
+    for r in _rounds(A, B, NEIGHBOURS, ROUNDS, False, CONTESTED * len(A)):
+        if not r.violations:
+            return r.chosen
+        if not r.settled or r.violations > CONTESTED * len(A):
+            return None
+    return None
+
+
+def _rounds(
+    A: Tensor, B: Tensor, neighbours: int, rounds: int, progress: bool, limit: float = np.inf
+) -> Iterator[_Round]:
+    """Solve on the nearest columns of each row, then again with the pairs above their bound, and so on."""
+    n = len(A)
+    nothing = torch.zeros(n, device=A.device)
+    near = tqdm(search.passing(A, B, nothing, min(neighbours, n)), "neighbours", disable=not progress, unit=" blocks")
+    known = np.concatenate([(i * n + j).cpu().numpy() for i, j, _ in near])
+    known, v = _union(known, np.arange(n) * (n + 1)), np.zeros(n)  # (i, i): a full assignment is possible
+    for round in range(rounds):
         row, column = np.divmod(known, n)
-        value = cosines[row, column].astype(np.float64)
+        value = _cosines(A, B, torch.from_numpy(row), torch.from_numpy(column)).double().numpy()
         # relative to the last prices all costs are ≥ 0 and 0 where those were right: the solver mends the rest
         chosen = _solve(n, row, column, value - v[column])
-        u, v, settled = _prices(row, column, value, chosen, cosines[np.arange(n), chosen].astype(np.float64))
-        if not settled:
-            return None
-        if not len(new := _violations(dense, u, v, MARGIN if round == 0 else 0.0)):
-            return chosen
-        known = np.union1d(known, new)
-    return None
+        own = value[np.searchsorted(known, np.arange(n) * n + chosen)]
+        u, v, settled = _prices(row, column, value, chosen, own)
+        keys, most, count = _violations(A, B, u, v, 0.0 if round else MARGIN, progress, limit)
+        yield _Round(chosen, own, u, v, settled, most, count)
+        known = _union(known, keys)
+
+
+def _union(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Sorted and without repetitions (numpy's own goes by a hash table, slower here)."""
+    keys = np.sort(np.concatenate([a, b]))
+    return keys[np.r_[True, keys[1:] != keys[:-1]]]
+
+
+def _violations(
+    A: Tensor, B: Tensor, u: np.ndarray, v: np.ndarray, margin: float, progress: bool, limit: float
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of the pairs with cos − u − v above −``margin`` the WORST of each row as keys i·n + j; the most by which a pair of
+    each row exceeds its bound, [n], at least 0; how many do (counted no further than past ``limit``).
+    """
+    row_price, column_price = (torch.from_numpy(p).float().to(A.device) for p in (margin + ROUNDING - u, -v))
+    lifted = torch.cat([A, row_price[:, None]], dim=1)  # one more column adds each row's own price
+    ones = torch.cat([B, torch.ones_like(B[:, :1])], dim=1)
+    keys, most, count = [], np.zeros(len(A)), 0
+    for row, column, _ in tqdm(
+        search.passing(lifted, ones, column_price), "proof", disable=not progress, unit=" blocks"
+    ):
+        excess, i, j = _cosines(A, B, row, column).double().numpy(), row.cpu().numpy(), column.cpu().numpy()
+        excess -= u[i] + v[j]
+        np.maximum.at(most, i, excess)
+        if (count := count + int((excess > TIGHT).sum())) > limit:
+            break
+        order = np.lexsort((-excess, i))
+        order = order[excess[order] > TIGHT - margin]
+        i, j = i[order], j[order]
+        keys.append((i * len(B) + j)[np.arange(len(i)) - np.searchsorted(i, i) < WORST])
+    return np.concatenate([*keys, np.empty(0, np.int64)]), most, count
 
 
 def _solve(n: int, row: np.ndarray, column: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -115,26 +208,6 @@ def _prices(
         if change.max() <= TIGHT / 10:
             return own - v[chosen], v, True
     return own - v[chosen], v, False
-
-
-def _violations(dense: Tensor, u: np.ndarray, v: np.ndarray, margin: float, most: int = 16) -> np.ndarray:
-    """Keys i·m + j of pairs above their dual bound less ``margin``, the ``most`` worst of a row."""
-    found, m = [], dense.shape[1]
-    v32 = torch.from_numpy(v).float()
-    for at in range(0, len(dense), BLOCK):
-        bound = torch.from_numpy(u[at : at + BLOCK])
-        over = dense[at : at + BLOCK] - v32  # [block, m], in float32: only a first, generous look
-        i, j = (over > (bound.float() - margin - 1e-6)[:, None]).nonzero(as_tuple=True)
-        excess = dense[at + i, j].double() - torch.from_numpy(v)[j] - bound[i]
-        real = excess > TIGHT - margin
-        i, j, excess = i[real], j[real], excess[real]
-        worst = excess.argsort(descending=True)
-        i, j = i[worst], j[worst]
-        by_row = i.argsort(stable=True)
-        i, j = i[by_row], j[by_row]
-        rank = torch.arange(len(i)) - torch.searchsorted(i, i)  # place of each pair among those of its row
-        found.append(((at + i) * m + j)[rank < most].numpy())
-    return np.concatenate(found)
 
 
 def compare(a: SAE, b: SAE) -> pd.DataFrame:

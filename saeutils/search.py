@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 ROWS = 256  # vectors looked at together: their products stay in the processor's cache
+GPU_BLOCK = 2**28  # products held at a time on a GPU: 1 GiB
 UP = 2.0**-7  # more than bfloat16's relative rounding, 2⁻⁹, and its step, 2⁻⁸
 
 
@@ -42,7 +43,7 @@ def passing(x: Tensor, W: Tensor, bias: Tensor, k: int | None = None) -> Iterato
 
 
 def _dense(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    rows = len(x) if x.is_cuda else ROWS
+    rows = min(len(x), max(1, GPU_BLOCK // len(W))) if x.is_cuda else ROWS
     buffer = x.new_empty(min(rows, len(x)), len(W))
     for at in range(0, len(x), rows):
         part = x[at : at + rows]

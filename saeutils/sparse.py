@@ -23,8 +23,8 @@ def transposed(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Callable[
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse")
             matrix = torch.sparse_csr_tensor(crow, sources, entries[order], (d_sae, batch))
-            out = dense.new_zeros(d_sae, dense.shape[1])
-            return torch.addmm(out, matrix, dense, beta=0, out=out)  # ``@`` makes the zeros and then a copy of them
+            out = dense.new_empty(d_sae, dense.shape[1])
+            return torch.addmm(out, matrix, dense, beta=0, out=out)  # ``@`` fills it with zeros first
 
     return times
 

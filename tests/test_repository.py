@@ -152,9 +152,7 @@ def test_card_of_the_shipped_sae():
 
 
 def test_only_what_trains_or_loads_an_sae_imports_saelens():
-    light = (
-        "archives claims scales text plots metrics matching matching_large steering interventions quality checkpoints"
-    )
+    light = "archives claims scales text plots metrics matching search steering interventions quality checkpoints"
     heavy = "sorted({'sae_lens', 'transformer_lens', 'transformers'} & set(sys.modules))"
     code = f"import sys; from saeutils import {', '.join(light.split())}; print({heavy})"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
