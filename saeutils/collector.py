@@ -1,11 +1,11 @@
 """One pass of a language model over windows of text, stopped at a hook point: rows of activations come out.
 
 Plain transformers code, truncated at the hook's block and left there by an exception; documents are cut into windows
-of their own (no document sees another) and batched by length.
+of their own (no document sees another), and short windows share a row, so hardly anything is padding.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,30 +59,43 @@ def hooked_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
     return getattr(block, "post_feedforward_layernorm", block.mlp)
 
 
+def windows_of(text: Dataset, tokenizer, context: int, seed: int) -> Iterator[tuple[int, int, list[int]]]:
+    """(document, start, tokens without BOS) of windows of at most ``context`` tokens with it, documents in random order.
+
+    Documents are tokenised a thousand at a time, as they are asked for.
+    """
+    order = np.random.default_rng(seed).permutation(len(text)).tolist()
+    body = context - (tokenizer.bos_token_id is not None)
+    for at in range(0, len(order), 1000):
+        chunk = order[at : at + 1000]
+        texts = text.select(chunk)["text"]
+        for doc, ids in zip(chunk, tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]):
+            for start in range(0, len(ids), body):
+                yield doc, start, ids[start : start + body]
+
+
+def taken(windows: Iterator[tuple[int, int, list[int]]], tokenizer, n_tokens: int | None) -> Windows:
+    """The next windows, BOS in front, until they hold ``n_tokens`` (the last is cut), or all."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    out, left = Windows([], [], []), n_tokens
+    while (left is None or left > 0) and (window := next(windows, None)):
+        doc, start, piece = window
+        piece = piece[:left]
+        out.tokens.append(bos + piece)
+        out.doc.append(doc)
+        out.start.append(start)
+        left = None if left is None else left - len(piece)
+    return out
+
+
 def tokenize(text: Dataset, tokenizer, context: int, n_tokens: int | None, seed: int) -> Windows:
     """Windows of at most ``context`` tokens from documents in random order, until they hold ``n_tokens``.
 
     Raises:
         ValueError: the text is too short for ``n_tokens``.
     """
-    order = np.random.default_rng(seed).permutation(len(text)).tolist()
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = context - len(bos)
-    out, total = Windows([], [], []), 0
-    for at in range(0, len(order), 1000):
-        chunk = order[at : at + 1000]
-        texts = text.select(chunk)["text"]
-        for doc, ids in zip(chunk, tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]):
-            for start in range(0, len(ids), body):
-                piece = ids[start : start + body]
-                if n_tokens is not None:
-                    piece = piece[: n_tokens - total]
-                if not piece:
-                    return out
-                out.tokens.append(bos + piece)
-                out.doc.append(doc)
-                out.start.append(start)
-                total += len(piece)
+    out = taken(windows_of(text, tokenizer, context, seed), tokenizer, n_tokens)
+    total = sum(map(len, out.tokens)) - len(out.tokens) * (tokenizer.bos_token_id is not None)
     if n_tokens is not None and total < n_tokens:
         raise ValueError(
             f"the text has only {total:,} tokens, {n_tokens:,} were asked for: ask for fewer or add documents"
@@ -104,16 +117,45 @@ def pools(windows: Windows, seed: int) -> list[list[int]]:
     return pools
 
 
-def _batches(pool: list[int], windows: Windows, batch_tokens: int) -> Iterator[list[int]]:
-    """Windows of similar length together, at most ``batch_tokens`` tokens with padding."""
-    batch: list[int] = []
-    for i in sorted(pool, key=lambda i: len(windows.tokens[i])):
-        if batch and (len(batch) + 1) * len(windows.tokens[i]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def _rows_of(pool: Iterable[int], windows: Windows, packed: bool) -> list[list[int]]:
+    """Windows that share a row as long as the longest of them: first fit, the longest first; or one a row."""
+    order = sorted(pool, key=lambda i: -len(windows.tokens[i]))
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for i in order:
+        n = len(windows.tokens[i])
+        at = next((r for r, room in enumerate(left) if room >= n), None) if packed else None
+        if at is None:
+            at = len(rows)
+            rows.append([])
+            left.append(len(windows.tokens[order[0]]))
+        rows[at].append(i)
+        left[at] -= n
+    return rows
+
+
+def _batches(rows: list[list[int]], windows: Windows, batch_tokens: int) -> Iterator[list[list[int]]]:
+    """Rows together, at most ``batch_tokens`` tokens with padding."""
+    at = 0
+    while at < len(rows):
+        width = sum(len(windows.tokens[i]) for i in rows[at])
+        size = max(1, batch_tokens // width)
+        yield rows[at : at + size]
+        at += size
+
+
+def _filled(batch: list[list[int]], windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+    """Token, place within its window and number of its window (−1: padding), each [rows, position]."""
+    width = max(sum(len(windows.tokens[i]) for i in row) for row in batch)
+    ids, place, window = (torch.full((len(batch), width), fill) for fill in (0, 0, -1))
+    for r, row in enumerate(batch):
+        at = 0
+        for i in row:
+            inside = slice(at, at := at + len(windows.tokens[i]))
+            ids[r, inside] = torch.tensor(windows.tokens[i])
+            place[r, inside] = torch.arange(len(windows.tokens[i]))
+            window[r, inside] = i
+    return ids, place, window
 
 
 class Collector:
@@ -124,12 +166,25 @@ class Collector:
         self.model, self.tokenizer = models.load_hf(lm, layers=parse_hook(hook)[0] + 1, **load)
         self.hook, self.batch_tokens = hook, batch_tokens
         self.module = hooked_module(self.model, hook)
+        self.packed = self._keeps_windows_apart()
+
+    def _keeps_windows_apart(self) -> bool:
+        """Does a window have the same activations behind another one in a row, and another's start changes nothing?"""
+        one, two = torch.arange(5, 9), torch.arange(20, 27)
+        both, place = torch.cat([one, two])[None], torch.cat([torch.arange(4), torch.arange(7)])[None]
+        try:
+            behind = self.forward(both, place)[0, 4:].float()
+        except TypeError:  # a model without position_ids
+            return False
+        alone, mixed = self.forward(two[None])[0].float(), self.forward(both)[0, 4:].float()
+        return float((behind - alone).norm()) < 0.1 * float((mixed - alone).norm())
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [batch, position], padded on the right → activations [batch, position, d].
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """ids [batch, position] → activations [batch, position, d].
 
-        No attention mask: in a causal LM no token sees the padding behind it.
+        No attention mask: in a causal LM no token sees the padding behind it, and where positions start again at 0
+        transformers begins a new sequence.
         """
         reached: list[Tensor] = []
 
@@ -139,32 +194,29 @@ class Collector:
 
         handle = self.module.register_forward_hook(stop)
         try:
-            self.model(ids.to(self.model.device), use_cache=False)
+            starts = {} if position_ids is None else {"position_ids": position_ids.to(self.model.device)}
+            self.model(ids.to(self.model.device), use_cache=False, **starts)
         except _Reached:
             pass
         finally:
             handle.remove()
         return reached[0]
 
-    def rows(self, pool: list[int], windows: Windows, outlier: float) -> dict[str, Tensor]:
+    def rows(self, pool: Iterable[int], windows: Windows, outlier: float) -> dict[str, Tensor]:
         """Rows of one pool: ``x`` [n, d], ``token``, ``doc``, ``position`` [n] (position within its document).
 
         BOS is dropped, and so is every row whose norm exceeds ``outlier`` times the pool's median (attention sinks).
         """
         parts: dict[str, list[Tensor]] = {"x": [], "token": [], "doc": [], "position": []}
         bos = int(self.tokenizer.bos_token_id is not None)
-        for batch in _batches(pool, windows, self.batch_tokens):
-            length = torch.tensor([len(windows.tokens[i]) for i in batch])
-            ids = torch.zeros(len(batch), int(length.max()), dtype=torch.long)
-            for row, i in enumerate(batch):
-                ids[row, : length[row]] = torch.tensor(windows.tokens[i])
-            place = torch.arange(ids.shape[1]).expand_as(ids)
-            keep = (place >= bos) & (place < length[:, None])  # [batch, position]
-            parts["x"].append(self.forward(ids).cpu()[keep])
+        doc, start = torch.tensor(windows.doc), torch.tensor(windows.start)
+        for batch in _batches(_rows_of(pool, windows, self.packed), windows, self.batch_tokens):
+            ids, place, window = _filled(batch, windows)
+            keep = (place >= bos) & (window >= 0)  # [batch, position]
+            parts["x"].append(self.forward(ids, place if self.packed else None).cpu()[keep])
             parts["token"].append(ids[keep].int())
-            parts["doc"].append(torch.tensor([windows.doc[i] for i in batch])[:, None].expand_as(ids)[keep].int())
-            start = torch.tensor([windows.start[i] for i in batch])[:, None]
-            parts["position"].append((start + place - bos)[keep].int())
+            parts["doc"].append(doc[window[keep]].int())
+            parts["position"].append((start[window[keep]] + place[keep] - bos).int())
         out = {name: torch.cat(tensors) for name, tensors in parts.items()}
         norms = out["x"].float().norm(dim=-1)
         if not torch.isfinite(norms).all():

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download, list_repo_refs
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from saeutils import archives
+from saeutils import archives, search
 
 if TYPE_CHECKING:  # late: it takes seconds to import
     from transformer_lens.model_bridge import TransformerBridge
@@ -46,13 +46,8 @@ def default_dtype(device: str) -> torch.dtype:
     if device.startswith("cuda"):
         native = torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _cpu_multiplies_bf16()
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and search.quick_bfloat16()
     return torch.bfloat16 if native else torch.float32
-
-
-def _cpu_multiplies_bf16() -> bool:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """The collector against transformers' own hidden states; cache, resume, splits, stream."""
 
+import types
+
 import pytest
 import torch
-from datasets import Dataset
+import transformers
+from datasets import Dataset, concatenate_datasets
 
 from saeutils import activations, archives, models, text
-from saeutils.collector import Collector, parse_hook, pools, tokenize
+from saeutils.collector import Collector, Windows, parse_hook, pools, tokenize
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -126,11 +129,57 @@ def test_normalisation(wiki, cached):
     assert scaled.mean(0).norm() < 0.3 * scaled.norm(dim=1).mean()
 
 
+SMALL = dict(vocab_size=64, bos_token_id=1, hidden_size=32, num_attention_heads=4, num_hidden_layers=3)
+GATED = dict(**SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    "kind, config, packed",
+    [
+        ("GPT2LMHeadModel", dict(vocab_size=64, bos_token_id=1, n_embd=32, n_head=4, n_layer=3), True),
+        ("GPTNeoXForCausalLM", dict(**SMALL, intermediate_size=64), True),
+        ("LlamaForCausalLM", GATED, True),
+        ("Qwen2ForCausalLM", GATED, True),
+        ("Gemma2ForCausalLM", dict(**GATED, sliding_window=16), True),
+        ("Gemma3ForCausalLM", dict(**GATED, sliding_window=16), True),
+        ("BloomForCausalLM", SMALL | {"n_layer": 3}, False),  # it takes no positions
+    ],
+)
+def test_windows_that_share_a_row_do_not_see_each_other(kind, config, packed, monkeypatch):
+    torch.manual_seed(0)
+    model_class = getattr(transformers, kind)
+    model = model_class(model_class.config_class(**config)).eval()
+    monkeypatch.setattr(models, "load_hf", lambda *a, **k: (model, types.SimpleNamespace(bos_token_id=1)))
+    collector = Collector("", HOOK)
+    assert collector.packed is packed
+    g = torch.Generator().manual_seed(0)
+    tokens = [[1, *torch.randint(2, 64, (n,), generator=g).tolist()] for n in (3, 31, 8, 15, 7, 22, 1)]
+    windows = Windows(tokens, list(range(7)), [0] * 7)
+    rows = collector.rows(range(7), windows, outlier=1e9)
+    assert sorted(rows["doc"].tolist()) == [i for i, t in enumerate(tokens) for _ in t[1:]]
+    for i, t in enumerate(tokens):
+        inside = rows["doc"] == i
+        assert rows["token"][inside].tolist() == t[1:] and rows["position"][inside].tolist() == list(range(len(t) - 1))
+        alone = collector.forward(torch.tensor([t]))[0, 1:]
+        torch.testing.assert_close(rows["x"][inside], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_stream_gives_the_same_kind_of_rows(wiki):
     stream = activations.stream("gemma-3-270m", HOOK, wiki, batch_size=128, context=64, buffer=1, dtype=torch.float32)
     batches = [next(stream) for _ in range(3)]
     assert all(b.shape == (128, 640) and torch.isfinite(b).all() for b in batches)
     assert not torch.equal(batches[0], batches[1])
+
+
+def test_stream_holds_its_pool_and_reads_no_further(wiki, monkeypatch):
+    read, real = [], Dataset.select
+    monkeypatch.setattr(Dataset, "select", lambda self, rows: (read.append(len(rows)), real(self, rows))[1])
+    monkeypatch.setattr(activations, "SHARD_TOKENS", 2000)
+    large = concatenate_datasets([wiki] * 60)  # 9,000 documents
+    stream = activations.stream("gemma-3-270m", HOOK, large, batch_size=256, context=64, buffer=2)
+    seen = torch.cat([next(stream) for _ in range(12)])
+    assert sum(read) == 1000  # tokenised as needed, a thousand at a time
+    assert len(seen.unique(dim=0)) > 0.5 * len(seen)  # the corpus repeats itself, the pool does not give a row twice
 
 
 def test_pools_keep_every_window_once(wiki):
@@ -162,6 +211,6 @@ def _collect_hook(hook, data):
 
 
 def test_nan_activations_are_named(wiki, cached, monkeypatch):
-    monkeypatch.setattr(Collector, "forward", lambda self, ids: torch.full((*ids.shape, 640), float("nan")))
+    monkeypatch.setattr(Collector, "forward", lambda self, ids, *_: torch.full((*ids.shape, 640), float("nan")))
     with pytest.raises(ValueError, match=r"gave NaN or inf in torch\.float32"):
         _collect(wiki)
