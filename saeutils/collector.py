@@ -1,7 +1,7 @@
 """One pass of a language model over windows of text, stopped at a hook point: rows of activations come out.
 
 Plain transformers code, truncated at the hook's block and left there by an exception; documents are cut into windows
-of their own (no document sees another), and short windows share a row, so hardly anything is padding.
+of their own (no document sees another) and batched by length.
 """
 
 import re
@@ -117,45 +117,16 @@ def pools(windows: Windows, seed: int) -> list[list[int]]:
     return pools
 
 
-def _rows_of(pool: Iterable[int], windows: Windows, packed: bool) -> list[list[int]]:
-    """Windows that share a row as long as the longest of them: first fit, the longest first; or one a row."""
-    order = sorted(pool, key=lambda i: -len(windows.tokens[i]))
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for i in order:
-        n = len(windows.tokens[i])
-        at = next((r for r, room in enumerate(left) if room >= n), None) if packed else None
-        if at is None:
-            at = len(rows)
-            rows.append([])
-            left.append(len(windows.tokens[order[0]]))
-        rows[at].append(i)
-        left[at] -= n
-    return rows
-
-
-def _batches(rows: list[list[int]], windows: Windows, batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Rows together, at most ``batch_tokens`` tokens with padding."""
-    at = 0
-    while at < len(rows):
-        width = sum(len(windows.tokens[i]) for i in rows[at])
-        size = max(1, batch_tokens // width)
-        yield rows[at : at + size]
-        at += size
-
-
-def _filled(batch: list[list[int]], windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
-    """Token, place within its window and number of its window (−1: padding), each [rows, position]."""
-    width = max(sum(len(windows.tokens[i]) for i in row) for row in batch)
-    ids, place, window = (torch.full((len(batch), width), fill) for fill in (0, 0, -1))
-    for r, row in enumerate(batch):
-        at = 0
-        for i in row:
-            inside = slice(at, at := at + len(windows.tokens[i]))
-            ids[r, inside] = torch.tensor(windows.tokens[i])
-            place[r, inside] = torch.arange(len(windows.tokens[i]))
-            window[r, inside] = i
-    return ids, place, window
+def _batches(pool: Iterable[int], windows: Windows, batch_tokens: int) -> Iterator[list[int]]:
+    """Windows of similar length together, at most ``batch_tokens`` tokens with padding."""
+    batch: list[int] = []
+    for i in sorted(pool, key=lambda i: len(windows.tokens[i])):
+        if batch and (len(batch) + 1) * len(windows.tokens[i]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 class Collector:
@@ -166,25 +137,12 @@ class Collector:
         self.model, self.tokenizer = models.load_hf(lm, layers=parse_hook(hook)[0] + 1, **load)
         self.hook, self.batch_tokens = hook, batch_tokens
         self.module = hooked_module(self.model, hook)
-        self.packed = self._keeps_windows_apart()
-
-    def _keeps_windows_apart(self) -> bool:
-        """Does a window have the same activations behind another one in a row, and another's start changes nothing?"""
-        one, two = torch.arange(5, 9), torch.arange(20, 27)
-        both, place = torch.cat([one, two])[None], torch.cat([torch.arange(4), torch.arange(7)])[None]
-        try:
-            behind = self.forward(both, place)[0, 4:].float()
-        except TypeError:  # a model without position_ids
-            return False
-        alone, mixed = self.forward(two[None])[0].float(), self.forward(both)[0, 4:].float()
-        return float((behind - alone).norm()) < 0.1 * float((mixed - alone).norm())
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """ids [batch, position] → activations [batch, position, d].
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [batch, position], padded on the right → activations [batch, position, d].
 
-        No attention mask: in a causal LM no token sees the padding behind it, and where positions start again at 0
-        transformers begins a new sequence.
+        No attention mask: in a causal LM no token sees the padding behind it.
         """
         reached: list[Tensor] = []
 
@@ -194,8 +152,7 @@ class Collector:
 
         handle = self.module.register_forward_hook(stop)
         try:
-            starts = {} if position_ids is None else {"position_ids": position_ids.to(self.model.device)}
-            self.model(ids.to(self.model.device), use_cache=False, **starts)
+            self.model(ids.to(self.model.device), use_cache=False)
         except _Reached:
             pass
         finally:
@@ -209,14 +166,18 @@ class Collector:
         """
         parts: dict[str, list[Tensor]] = {"x": [], "token": [], "doc": [], "position": []}
         bos = int(self.tokenizer.bos_token_id is not None)
-        doc, start = torch.tensor(windows.doc), torch.tensor(windows.start)
-        for batch in _batches(_rows_of(pool, windows, self.packed), windows, self.batch_tokens):
-            ids, place, window = _filled(batch, windows)
-            keep = (place >= bos) & (window >= 0)  # [batch, position]
-            parts["x"].append(self.forward(ids, place if self.packed else None).cpu()[keep])
+        for batch in _batches(pool, windows, self.batch_tokens):
+            length = torch.tensor([len(windows.tokens[i]) for i in batch])
+            ids = torch.zeros(len(batch), int(length.max()), dtype=torch.long)
+            for row, i in enumerate(batch):
+                ids[row, : length[row]] = torch.tensor(windows.tokens[i])
+            place = torch.arange(ids.shape[1]).expand_as(ids)
+            keep = (place >= bos) & (place < length[:, None])  # [batch, position]
+            parts["x"].append(self.forward(ids).cpu()[keep])
             parts["token"].append(ids[keep].int())
-            parts["doc"].append(doc[window[keep]].int())
-            parts["position"].append((start[window[keep]] + place[keep] - bos).int())
+            parts["doc"].append(torch.tensor([windows.doc[i] for i in batch])[:, None].expand_as(ids)[keep].int())
+            start = torch.tensor([windows.start[i] for i in batch])[:, None]
+            parts["position"].append((start + place - bos)[keep].int())
         out = {name: torch.cat(tensors) for name, tensors in parts.items()}
         norms = out["x"].float().norm(dim=-1)
         if not torch.isfinite(norms).all():
