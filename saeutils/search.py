@@ -14,6 +14,7 @@ from torch import Tensor
 
 ROWS = 256  # vectors looked at together: their products stay in the processor's cache
 GPU_BLOCK = 2**28  # products held at a time on a GPU: 1 GiB
+NARROW, SMALL = 256, 2**28  # width and multiplications under which float32 is as quick
 UP = 2.0**-7  # more than bfloat16's relative rounding, 2⁻⁹, and its step, 2⁻⁸
 
 
@@ -35,11 +36,13 @@ def passing(x: Tensor, W: Tensor, bias: Tensor, k: int | None = None) -> Iterato
 
     x [batch, d], W [n, d], bias [n]. Yields (row, column, value) [entries] for a block of rows at a time.
     """
-    if not x.is_cuda and x.dtype == torch.float32 and quick_bfloat16() and W.is_contiguous():
-        blocks = _bounded(x, W, bias, k)
-    else:
-        blocks = _dense(x, W, bias, k)
-    yield from blocks
+    yield from (_bounded if _worthwhile(x, W) else _dense)(x, W, bias, k)
+
+
+def _worthwhile(x: Tensor, W: Tensor) -> bool:
+    """Does bounding first take less time? Small problems are done before the bounds are built."""
+    usual = x.device.type == "cpu" and x.dtype == torch.float32 and W.is_contiguous()
+    return usual and x.shape[1] >= NARROW and len(x) * W.numel() >= SMALL and quick_bfloat16()
 
 
 def _dense(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from sae_lens.saes.sae import SAE, TrainStepInput
 from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from saeutils import sparse
+from saeutils import search, sparse
 from saeutils.saes import (
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
@@ -40,6 +40,15 @@ def _pair(d, n, k, seed=0, batch=False, **kw):
     return ours, theirs
 
 
+@pytest.fixture(scope="module")
+def any_width():
+    """Narrow problems are bounded too, if SMALL allows."""
+    before = search.NARROW, search.SMALL
+    search.NARROW = 0
+    yield
+    search.NARROW, search.SMALL = before
+
+
 def _gradients(sae, x, dead=None):
     sae.zero_grad()
     step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)
@@ -61,9 +70,10 @@ def _same_gradients(a, b):
 @settings(max_examples=25, deadline=None)
 @given(
     d=st.integers(2, 24), n=st.integers(3, 60), k=st.integers(1, 3), batch=st.integers(1, 300), n_dead=st.integers(0, 60),
-    shift=st.booleans(), seed=st.integers(0, 99),
+    shift=st.booleans(), seed=st.integers(0, 99), small=st.sampled_from([0, search.SMALL]),
 )  # fmt: skip
-def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed):
+def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed, small, any_width):
+    search.SMALL = small  # 0: latents are searched for in bfloat16 wherever it is quick
     ours, theirs = _pair(d, n, k, seed, apply_b_dec_to_input=shift)
     x = torch.randn(batch, d)
     dead = torch.arange(n) < n_dead
@@ -78,8 +88,12 @@ def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed):
 @given(
     d=st.integers(2, 24), n=st.integers(9, 60), k=st.floats(0.3, 3), batch=st.integers(1, 300), n_dead=st.integers(0, 60),
     level=st.sampled_from([0.0, 0.1, 1.0, 50.0]), shift=st.booleans(), seed=st.integers(0, 99),
+    small=st.sampled_from([0, search.SMALL]),
 )  # fmt: skip
-def test_batchtopk_gradients_equal_dense_autograd_whatever_the_guess(d, n, k, batch, n_dead, level, shift, seed):
+def test_batchtopk_gradients_equal_dense_autograd_whatever_the_guess(
+    d, n, k, batch, n_dead, level, shift, seed, small, any_width
+):
+    search.SMALL = small
     ours, theirs = _pair(d, n, k, seed, batch=True, apply_b_dec_to_input=shift)
     ours.level, x, dead = level, torch.randn(batch, d), torch.arange(n) < n_dead
     share, sparse.DENSE_ABOVE = sparse.DENSE_ABOVE, 2.0  # sparse at any density
