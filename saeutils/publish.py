@@ -94,8 +94,10 @@ def speed_table() -> str:
         peers = [who for who in r.index if who not in ("ours", "floor") and pd.notna(r[who])]
         ratios = ", ".join(f"{who} {r[who] / r['ours']:.1f}" for who in peers)
         held = peak.loc[(section, row)] if (section, row) in peak.index else pd.Series(dtype=float)
-        used = ", ".join(f"{held[who]:.1f}" for who in ("ours", *peers) if pd.notna(held.get(who)))
-        lines.append(f"| {section} | {row} | {r['ours'] * 1e3:,.3g} | {over} | {ratios} | {used} |")
+        used = ", ".join(f"{held[who]:.2f}" for who in ("ours", *peers) if pd.notna(held.get(who)))
+        lines.append(
+            f"| {section} | {row} | {r['ours'] * 1e3:,.{1 if r['ours'] < 0.1 else 0}f} | {over} | {ratios} | {used} |"
+        )
     return "\n".join(lines)
 
 

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from scipy.stats import entropy
 
-from saeutils import alignsae, initializers, metrics
+from saeutils import alignsae, initializers, metrics, sparse
 from saeutils.training import train
 
 NAMES = ["birth city", "major", "pet"]
@@ -56,6 +57,45 @@ def test_decorrelation_ignores_latents_that_never_fire():
     torch.testing.assert_close(loss, alignsae.decorrelation(slots, free))
     loss.backward()
     assert torch.isfinite(dead.grad).all() and not dead.grad[:, 4:].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(4, 60), st.integers(2, 6), st.integers(1, 40), st.floats(0, 1), st.integers(0, 9999))
+def test_decorrelation_from_active_latents_alone(batch, r, free, share, seed):
+    g = torch.Generator().manual_seed(seed)
+    slots = torch.rand(batch, r, generator=g, dtype=torch.double)
+    dense = torch.rand(batch, free, generator=g, dtype=torch.double)
+    dense = (dense * (torch.rand(batch, free, generator=g) < share)).requires_grad_()
+    row, latent = dense.detach().nonzero(as_tuple=True)
+    values = dense.detach()[row, latent].requires_grad_()
+    ours = alignsae.sparse_decorrelation(slots, values, row, latent, free)
+    theirs = alignsae.decorrelation(slots, dense)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    if len(row):
+        ours.backward()
+        theirs.backward()
+        torch.testing.assert_close(values.grad, dense.grad[row, latent], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_sparse_pass_equals_dense(labels):
+    sae = make(seed=1)
+    x, relation, answer = world()
+    sae.labels = (relation, answer) if labels else None
+    step, found = TrainStepInput(x, {"l1": 0.05}, None, 1, False), []
+    share = sparse.DENSE_ABOVE
+    for sparse.DENSE_ABOVE in (2.0, 0.0):
+        sae.zero_grad()
+        out = sae.training_forward_pass(step)
+        out.loss.backward()
+        found.append((out, {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}))
+    sparse.DENSE_ABOVE = share
+    (a, grads_a), (b, grads_b) = found
+    assert a.feature_acts.is_sparse and not b.feature_acts.is_sparse
+    assert a.losses.keys() == b.losses.keys() and grads_a.keys() == grads_b.keys()
+    for one, other in ((a.losses, b.losses), (grads_a, grads_b)):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
 
 
 def test_decorrelation_never_builds_more_than_its_block():

@@ -1,4 +1,4 @@
-"""sparse_topk and sparse_batchtopk against dense autograd and against SAELens' own."""
+"""sparse_topk, sparse_batchtopk and sparse_standard against dense autograd and against SAELens' own."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAE, TrainStepInput
+from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
@@ -14,6 +15,8 @@ from saeutils import search, sparse
 from saeutils.saes import (
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
+    SparseStandardTrainingSAE,
+    SparseStandardTrainingSAEConfig,
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
 )
@@ -49,9 +52,11 @@ def any_width():
     search.NARROW, search.SMALL = before
 
 
-def _gradients(sae, x, dead=None):
+def _gradients(sae, x, dead=None, **coefficients):
     sae.zero_grad()
-    step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False)
+    step = TrainStepInput(
+        sae_in=x, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=0, is_logging_step=False
+    )
     out = sae.training_forward_pass(step)
     out.loss.backward()
     return out, {n: getattr(sae, n).grad.clone() for n in PARAMETERS}
@@ -105,6 +110,40 @@ def test_batchtopk_gradients_equal_dense_autograd_whatever_the_guess(
     assert _close(a.loss, b.loss) and _close(a.feature_acts.to_dense(), b.feature_acts)
     assert torch.allclose(ours.topk_threshold, theirs.topk_threshold, rtol=1e-5)
     assert _same_gradients(grads_a, grads_b)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    d=st.integers(2, 24), n=st.integers(3, 60), batch=st.integers(1, 300), shift=st.booleans(), seed=st.integers(0, 99),
+    small=st.sampled_from([0, search.SMALL]),
+)  # fmt: skip
+def test_relu_gradients_equal_saelens(d, n, batch, shift, seed, small, any_width):
+    search.SMALL = small
+    torch.manual_seed(seed)
+    settings_ = dict(d_in=d, d_sae=n, l1_coefficient=0.3, apply_b_dec_to_input=shift)
+    ours = SparseStandardTrainingSAE(SparseStandardTrainingSAEConfig(**settings_))
+    theirs = StandardTrainingSAE(StandardTrainingSAEConfig(**settings_))
+    with torch.no_grad():
+        ours.b_enc.normal_()
+        for name in PARAMETERS:
+            getattr(theirs, name).copy_(getattr(ours, name))
+    x = torch.randn(batch, d)
+    share, sparse.DENSE_ABOVE = sparse.DENSE_ABOVE, 2.0  # sparse at any density
+    try:
+        a, grads_a = _gradients(ours, x, l1=0.3)
+    finally:
+        sparse.DENSE_ABOVE = share
+    b, grads_b = _gradients(theirs, x, l1=0.3)
+    assert _close(a.loss, b.loss) and _close(a.feature_acts.to_dense(), b.feature_acts)
+    assert all(torch.allclose(a.losses[k], b.losses[k], rtol=1e-5) for k in b.losses)
+    assert _same_gradients(grads_a, grads_b)
+
+
+def test_relu_is_saved_as_an_ordinary_standard_sae(tmp_path, rows):
+    sae = SparseStandardTrainingSAE(SparseStandardTrainingSAEConfig(d_in=640, d_sae=512))
+    sae.save_inference_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert loaded.cfg.architecture() == "standard" and torch.equal(loaded(rows[:64]), sae(rows[:64]))
 
 
 @pytest.mark.parametrize("batch", [False, True])

@@ -1,11 +1,13 @@
 """train(): history, schedules, constraint, dead latents, and a run that is killed and goes on bit for bit."""
 
+import platform
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ import torch
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from scipy.optimize import minimize
 
-from saeutils import initializers, metrics, resampling
+from saeutils import initializers, metrics, optim, resampling
 from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saeutils.training import train
 
@@ -216,3 +218,38 @@ def test_several_saes_on_one_stream(tmp_path, rows):
     train(resumed, batches, 20, **kw)
     for name in resumed:
         assert torch.equal(resumed[name].W_dec, together[name].W_dec)
+
+
+def test_column_major_weights_step_as_row_major_ones():
+    g = torch.Generator().manual_seed(0)
+    W, grads = torch.randn(5, 7, generator=g), torch.randn(3, 5, 7, generator=g)
+    weights = [torch.nn.Parameter(W.clone()), torch.nn.Parameter(W.T.contiguous().T)]
+    for weight in weights:
+        optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+        for grad in grads:
+            weight.grad = grad.clone() if weight.is_contiguous() else grad.T.contiguous().T
+            with optim.row_major(optimizer):
+                optimizer.step()
+        assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert weights[1].stride() == (1, 5)
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    code = """
+import psutil, torch
+from saeutils import memory
+held = lambda: psutil.Process().memory_info().rss
+for keep in (False, True):
+    if keep:
+        memory.reuse()
+    x = torch.ones(2**25)
+    full = held()
+    del x
+    print(full - held() > 2**26)
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    ).stdout
+    assert out.split() == ["True", "False"]

@@ -26,9 +26,9 @@ def test_cost_of_each(record, monkeypatch, how_many):
     torch.manual_seed(0)
     cfg = SparseTopKTrainingSAEConfig(d_in=D, d_sae=N, k=K, device=default_device())
     saes = {f"{i}": SparseTopKTrainingSAE(cfg) for i in range(how_many)}
-    train(saes, [first] * 2, 2, median_rows=0, progress=False)
-    start = time.perf_counter()
     with Peak() as peak:
-        train(saes, islice(stream, STEPS), STEPS, median_rows=0, progress=False)
+        train(saes, [first] * 2, 2, median_rows=0, progress=False)
+    start = time.perf_counter()
+    train(saes, islice(stream, STEPS), STEPS, median_rows=0, progress=False)
     seconds = (time.perf_counter() - start) / STEPS / how_many
     record("many", f"a step of each of {how_many} SAEs 640 → 5,120, LM included", "ours", seconds, peak.gib)

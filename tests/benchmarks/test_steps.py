@@ -26,6 +26,9 @@ WHO = {
     "JumpReLU": ("SAELens", "dictionary_learning"), "ReLU+L1": ("SAELens", "dictionary_learning"),
     "GBA": (), "AlignSAE": (),
 }  # fmt: skip
+TF32 = (False, True) if torch.cuda.is_available() else (False,)  # on a GPU: off for parity, on for speed
+if torch.cuda.is_available():
+    WHO = {kind: (*who, "SAELens autocast") if who else () for kind, who in WHO.items()}
 CASES = [(size, kind, who) for size in SIZES for kind in WHO for who in ("ours", *WHO[kind])]
 
 
@@ -45,13 +48,14 @@ def stepper(trainer, x: torch.Tensor, dead: bool = False):
     return step
 
 
-def saelens_config() -> SAETrainerConfig:
+def saelens_config(autocast: bool = False) -> SAETrainerConfig:
     return SAETrainerConfig(
         total_training_samples=BATCH * 1000,
         train_batch_size_samples=BATCH,
         lr=1e-5,
         lr_end=1e-5,
         device=default_device(),
+        autocast=autocast,
     )
 
 
@@ -85,7 +89,7 @@ def ours(kind: str, d: int, n: int, k: int):
     return stepper(_Trainer("", saelens_config(), sae, _Options(), None), x, "dead" in kind)
 
 
-def saelens(kind: str, d: int, n: int, k: int, **options):
+def saelens(kind: str, d: int, n: int, k: int, autocast: bool = False, **options):
     x, common = rows(d), dict(d_in=d, d_sae=n, device=default_device())
     module, cls, settings = {
         "TopK": (topk_sae, "TopK", dict(k=k)),
@@ -100,7 +104,7 @@ def saelens(kind: str, d: int, n: int, k: int, **options):
         initializers.calibrate(sae, x, k)
     if kind == "ReLU+L1":
         sparse_relu(sae, x, k)
-    return stepper(SAETrainer(saelens_config(), sae, iter([])), x, "dead" in kind)
+    return stepper(SAETrainer(saelens_config(autocast), sae, iter([])), x, "dead" in kind)
 
 
 def dictionary_learning(kind: str, d: int, n: int, k: int):
@@ -141,23 +145,30 @@ def sparsify(kind: str, d: int, n: int, k: int):
 
 MAKE = {
     "ours": ours, "SAELens": saelens, "dictionary_learning": dictionary_learning, "sparsify": sparsify,
+    "SAELens autocast": partial(saelens, autocast=True),
     "SAELens sparse": partial(saelens, use_sparse_activations=True, rescale_acts_by_decoder_norm=False),
 }  # fmt: skip
 FLOOR: dict[str, float] = {}
 
 
+@pytest.fixture(params=TF32)
+def suffix(request, monkeypatch) -> str:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", request.param)
+    return ", TF32" if request.param else ""
+
+
 @pytest.mark.parametrize("size", SIZES)
-def test_floor(measure, size):
+def test_floor(measure, suffix, size):
     d, n, _ = SIZES[size]
     x, W = rows(d), torch.randn(d, n, device=default_device())
-    FLOOR[size] = measure("step", f"one matmul, {size}", "floor", lambda: x @ W, rounds=5)
+    FLOOR[size + suffix] = measure("step", f"one matmul, {size}{suffix}", "floor", lambda: x @ W, rounds=5)
 
 
 @pytest.mark.parametrize("size, kind, who", CASES)
-def test_step(measure, request, size, kind, who):
+def test_step(measure, request, suffix, size, kind, who):
     if who in ("dictionary_learning", "sparsify"):
         request.getfixturevalue("peers")
     torch.manual_seed(0)
-    seconds = measure("step", f"{kind}, {size}", who, MAKE[who](kind, *SIZES[size]))
-    if size in FLOOR:
-        print(f"\n{kind}, {size}, {who}: {seconds / FLOOR[size]:.2f} × one matmul")
+    seconds = measure("step", f"{kind}, {size}{suffix}", who, MAKE[who](kind, *SIZES[size]))
+    if size + suffix in FLOOR:
+        print(f"\n{kind}, {size}{suffix}, {who}: {seconds / FLOOR[size + suffix]:.2f} × one matmul")
