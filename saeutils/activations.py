@@ -230,13 +230,18 @@ def stream(
     pool; validation and test documents (as :class:`Activations` assigns them) never appear. ``start`` replays so many
     batches. Other arguments as in :func:`collect` and :meth:`Activations.batches`.
 
-    Memory, however long the text: one and a half pools and three shards of 65,536 rows in the LM's dtype, so 0.9 GB for
+    Memory, however long the text: one and a half pools and five shards of 65,536 rows in the LM's dtype, so 1.1 GB for
     d = 640 in bfloat16 with the default buffer.
+
+    Raises:
+        ValueError: as :func:`collect`; a buffer too small for the batch; no row of the text is for training.
     """
+    if buffer < 1 or batch_size > buffer * SHARD_TOKENS:
+        raise ValueError(f"buffer={buffer} shards of {SHARD_TOKENS:,} rows must hold a batch of {batch_size:,}")
     collector, assign = Collector(lm, hook, **load), Activations("").split_of
     pool, used, shift, factor = torch.empty(0), 0, None, 1.0
-    for epoch in range(2**31):
-        pieces = windows_of(text, collector.tokenizer, context, seed + epoch)
+    for epoch in count():
+        pieces, filled = windows_of(text, collector.tokenizer, context, seed + epoch), 0
         for n in count():
             if not (windows := taken(pieces, collector.tokenizer, SHARD_TOKENS)).tokens:
                 break
@@ -245,7 +250,8 @@ def stream(
             if not len(pool):
                 pool = x.new_empty((buffer + 1) * SHARD_TOKENS, x.shape[1])
             pool[used : used + len(x)] = x
-            used += len(x)
+            used, filled = used + len(x), filled + len(x)
+            del rows, x  # before the next are born
             if used + SHARD_TOKENS <= len(pool):
                 continue
             order = torch.from_numpy(np.random.default_rng([seed, epoch, n]).permutation(used))
@@ -253,7 +259,9 @@ def stream(
                 some = pool[order[:50_000]].float()
                 shift = some.mean(0) if centre else torch.zeros(some.shape[1])
                 factor = _factor(some - shift, normalise)
-            out = used // 2 // batch_size * batch_size
+                del some
+            room = max(used // 2, used + SHARD_TOKENS - len(pool))  # for a shard at least
+            out = -(-room // batch_size) * batch_size
             for at in range(0, out, batch_size):
                 if start:
                     start -= 1
@@ -261,6 +269,8 @@ def stream(
                 yield _normalised(pool[order[at : at + batch_size]], shift, factor, normalise)
             used -= out
             pool[:used] = pool[order[out:]]
+        if not filled:
+            raise ValueError("the text has no tokens in documents for training: give more of it")
 
 
 def _factor(x: Tensor, normalise: str) -> float:

@@ -36,5 +36,5 @@ def sparse_decorrelation(
     first = torch.searchsorted(latent, torch.arange(n_free, device=latent.device))  # of each latent's entries
     covariance = F.embedding_bag(row, centred, first, per_sample_weights=values, mode="sum") / len(slots)  # [n_free, R]
     mean, square = (values.new_zeros(n_free).index_add(0, latent, v) / len(slots) for v in (values, values * values))
-    var = square - mean * mean
+    var = (square - mean * mean).clamp_min(0)
     return (covariance.pow(2) / (centred.pow(2).mean(0) * var[:, None] + eps)).sum()

@@ -79,6 +79,9 @@ def restore(path: Path, trainer) -> None:
     trainer.sae.load_weights_from_checkpoint(path)
     trainer.load_trainer_state(path)
     optim.fuse(trainer.optimizer)
+    for weight, state in trainer.optimizer.state.items():  # the fused kernel walks both flat: one layout
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.empty_like(weight.data).copy_(state[moment])
     trainer.recent.extend(extra.get("recent", []))
     trainer.generator.set_state(extra["generator"])
     for name in STATE:

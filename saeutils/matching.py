@@ -27,7 +27,7 @@ MARGIN = 1e-2  # the first round also takes pairs this close to their bound: lat
 WORST = 32  # pairs above their bound that a row adds in a round
 TIGHT = 1e-10  # a cosine this far above its dual bound counts as a violation
 CONTESTED = 24  # violations a row above which rows compete for the same columns: scipy is quicker
-ROUNDING = 1e-6  # of a float32 cosine less its prices
+ROUNDING = 1e-6  # of a float32 cosine less its prices, where these are at most 1
 
 
 def match(A: Tensor, B: Tensor, *, dense_below: int = DENSE_BELOW) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,8 @@ def match(A: Tensor, B: Tensor, *, dense_below: int = DENSE_BELOW) -> tuple[Tens
     Solves the assignment on each row's nearest columns only, then proves or repairs it: from the sparse optimum come dual
     prices u, v, and every pair with cos > u + v joins the candidates until there is none. At that point the dual bound
     equals the total, so no assignment of the dense problem is better (linear-programming duality). The cosine matrix is
-    passed over by blocks, never held. Small and rectangular problems go to scipy's dense solver.
+    passed over by blocks. Small and rectangular problems go to scipy's dense solver on the whole matrix, and so do those
+    where most rows compete for the same columns.
 
     Returns:
         partner: [n] row of ``B`` for each row of ``A``, −1 for the rows left over where n > m.
@@ -69,7 +70,7 @@ def match_certified(
 
     For any prices no assignment exceeds Σu + Σv + Σ_i max_j (cos_ij − u_i − v_j)₊ (linear-programming duality); the prices
     of a sparse optimum make this close. Best assignment and least bound of all rounds are kept. Memory: both dictionaries
-    twice, the candidates, a block of 256 rows of cosines.
+    a few times, the candidates, a block of 256 rows of cosines; 5 GB at n = 131,072, d = 768.
 
     Returns:
         partner [n], cosine [n], and the gap: how much more any assignment's summed cosine can be, n·1e-6 for the
@@ -85,7 +86,7 @@ def match_certified(
         )
     best = least = None
     for r in _rounds(A, B, neighbours, rounds, progress):
-        bound = r.u.sum() + r.v.sum() + r.most.sum() + len(A) * ROUNDING
+        bound = r.u.sum() + r.v.sum() + r.most.sum() + len(A) * _rounding(r.u, r.v)
         least = bound if least is None else min(least, bound)
         if best is None or r.own.sum() > best.own.sum():
             best = r
@@ -106,6 +107,22 @@ def _unit(W: Tensor, name: str) -> Tensor:
 def _cosines(A: Tensor, B: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """cos of the pairs, float32: always the same for a pair, whoever asks."""
     return search.dots(A, B, row.to(A.device), column.to(A.device)).cpu()
+
+
+def _rounding(u: np.ndarray, v: np.ndarray) -> float:
+    return ROUNDING * max(1.0, float(abs(u).max()), float(abs(v).max()))
+
+
+def _passing(
+    A: Tensor, B: Tensor, bias: Tensor, what: str, progress: bool, k: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs from :func:`saeutils.search.passing`, in float32 whatever a GPU would prefer: TF32 errs by 1e-3."""
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        for row, column, _ in tqdm(search.passing(A, B, bias, k=k), what, disable=not progress, unit=" blocks"):
+            yield row, column
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 class _Round(NamedTuple):
@@ -136,8 +153,8 @@ def _rounds(
     """Solve on the nearest columns of each row, then again with the pairs above their bound, and so on."""
     n = len(A)
     nothing = torch.zeros(n, device=A.device)
-    near = tqdm(search.passing(A, B, nothing, min(neighbours, n)), "neighbours", disable=not progress, unit=" blocks")
-    known = np.concatenate([(i * n + j).cpu().numpy() for i, j, _ in near])
+    near = _passing(A, B, nothing, "neighbours", progress, min(neighbours, n))
+    known = np.concatenate([(i * n + j).cpu().numpy() for i, j in near])
     known, v = _union(known, np.arange(n) * (n + 1)), np.zeros(n)  # (i, i): a full assignment is possible
     for round in range(rounds):
         row, column = np.divmod(known, n)
@@ -163,13 +180,11 @@ def _violations(
     """Of the pairs with cos − u − v above −``margin`` the WORST of each row as keys i·n + j; the most by which a pair of
     each row exceeds its bound, [n], at least 0; how many do (counted no further than past ``limit``).
     """
-    row_price, column_price = (torch.from_numpy(p).float().to(A.device) for p in (margin + ROUNDING - u, -v))
+    row_price, column_price = (torch.from_numpy(p).float().to(A.device) for p in (margin + _rounding(u, v) - u, -v))
     lifted = torch.cat([A, row_price[:, None]], dim=1)  # one more column adds each row's own price
     ones = torch.cat([B, torch.ones_like(B[:, :1])], dim=1)
     keys, most, count = [], np.zeros(len(A)), 0
-    for row, column, _ in tqdm(
-        search.passing(lifted, ones, column_price), "proof", disable=not progress, unit=" blocks"
-    ):
+    for row, column in _passing(lifted, ones, column_price, "proof", progress):
         excess, i, j = _cosines(A, B, row, column).double().numpy(), row.cpu().numpy(), column.cpu().numpy()
         excess -= u[i] + v[j]
         np.maximum.at(most, i, excess)

@@ -9,10 +9,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 @cache
 def reuse() -> None:
-    """From now on this process keeps freed memory for its next tensors; nothing where the C library is not glibc.
+    """From now on this process keeps freed memory, 2 GiB at its end included, for its next tensors.
 
     By default every tensor above 32 MB is mapped afresh and page by page filled with zeros by the system, at each step of
-    a training run again. In a container (Colab, a sandbox) a page can cost microseconds: half of a step of a large SAE.
+    a training run again. In a sandbox a page can cost microseconds: half of a step of a large SAE. Does nothing where
+    another C library or allocator serves the process.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")

@@ -22,9 +22,11 @@ def row_major(optimizer: torch.optim.Adam) -> Iterator[None]:
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.ndim == 2 and not p.is_contiguous()]
     for weight in weights:
         _turn(optimizer, weight)
-    yield
-    for weight in weights:
-        _turn(optimizer, weight)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            _turn(optimizer, weight)
 
 
 def _turn(optimizer: torch.optim.Adam, weight: Parameter) -> None:

@@ -19,6 +19,12 @@ from torch import Tensor
 from saeutils import sparse
 
 
+def _takes_rows_as_they_are(cfg: TrainingSAEConfig) -> None:
+    if cfg.normalize_activations != "none":
+        name = cfg.architecture()
+        raise ValueError(f"{name} takes normalised batches: set normalize_activations='none' and see fold_scale")
+
+
 @dataclass
 class _UnitDecoder:
     """Settings of SAEs whose decoder rows are expected at unit norm (``train`` keeps them there), not rescaled."""
@@ -31,8 +37,7 @@ class _UnitDecoder:
         name = self.architecture()
         if self.rescale_acts_by_decoder_norm:
             raise ValueError(f"{name} keeps decoder rows at unit norm: set rescale_acts_by_decoder_norm=False")
-        if self.normalize_activations != "none":
-            raise ValueError(f"{name} takes normalised batches: set normalize_activations='none' and see fold_scale")
+        _takes_rows_as_they_are(self)
         if not 0 < self.k <= self.d_sae:
             raise ValueError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
 
@@ -97,7 +102,7 @@ class SparseTopKTrainingSAE(_Sparse, TopKTrainingSAE):
         x = step_input.sae_in.to(self.dtype)
         sae_out, _, values, acts = self.sparse_forward(x, k=self.cfg.k)
         mse = (sae_out - x).pow(2).sum(-1).mean()
-        aux = _aux_loss(self, x, sae_out, step_input.dead_neuron_mask)
+        aux = aux_loss(self, x, sae_out, step_input.dead_neuron_mask, self.cfg.aux_loss_coefficient)
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
         return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)
 
@@ -118,13 +123,14 @@ def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor, n_dead: int) -> Ten
     return weight * (pre @ W_dec - residual).pow(2).sum(-1).mean()
 
 
-def _aux_loss(sae: TopKTrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | None) -> Tensor:
-    if dead is None or not sae.cfg.aux_loss_coefficient or not (n_dead := int(dead.sum())):
+def aux_loss(sae: TrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | None, coefficient: float) -> Tensor:
+    """:func:`aux_k_loss` of ``sae``'s dead latents (mask [d_sae]) on x [batch, d_in], times ``coefficient``."""
+    if dead is None or not coefficient or not (n_dead := int(dead.sum())):
         return x.new_zeros(())
     columns = dead.nonzero()[:, 0]
     sae_in = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
     pre = sae_in @ sae.W_enc[:, columns] + sae.b_enc[columns]  # [batch, n_dead]
-    return sae.cfg.aux_loss_coefficient * aux_k_loss(pre, sae.W_dec[columns], (x - sae_out).detach(), n_dead)
+    return coefficient * aux_k_loss(pre, sae.W_dec[columns], (x - sae_out).detach(), n_dead)
 
 
 @dataclass
@@ -158,7 +164,7 @@ class SparseBatchTopKTrainingSAE(_Sparse, BatchTopKTrainingSAE):
         values = values.detach()
         self.level = float(values.min()) if len(values) else 0.0
         mse = (sae_out - x).pow(2).sum(-1).mean()
-        aux = _aux_loss(self, x, sae_out, step_input.dead_neuron_mask)
+        aux = aux_loss(self, x, sae_out, step_input.dead_neuron_mask, self.cfg.aux_loss_coefficient)
         self.update_topk_threshold(values)
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
         metrics = {"topk_threshold": self.topk_threshold}
@@ -187,10 +193,7 @@ class SparseJumpReLUTrainingSAEConfig(JumpReLUTrainingSAEConfig):
         super().__post_init__()
         if self.target_l0 is None or not 0 < self.target_l0 < self.d_sae:
             raise ValueError(f"target_l0={self.target_l0} must lie between 0 and d_sae={self.d_sae}")
-        if self.normalize_activations != "none":
-            raise ValueError(
-                "sparse_jumprelu takes normalised batches: normalize_activations='none' and see fold_scale"
-            )
+        _takes_rows_as_they_are(self)
 
     @classmethod
     def architecture(cls) -> str:
@@ -233,6 +236,10 @@ class SparseJumpReLUTrainingSAE(_Sparse, JumpReLUTrainingSAE):
 @dataclass
 class SparseStandardTrainingSAEConfig(StandardTrainingSAEConfig):
     """SAELens' settings of ReLU + L1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _takes_rows_as_they_are(self)
 
     @classmethod
     def architecture(cls) -> str:

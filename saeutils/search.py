@@ -1,7 +1,8 @@
 """Which rows of a matrix have large products with given vectors? Looked for in bfloat16 within a proven error.
 
 Where a processor multiplies bfloat16 several times as fast as float32 (AVX-512 BF16, AMX), an upper bound of every product
-is cheap, and only what may pass is computed in float32: the outcome is that of the dense float32 product.
+is cheap, and only what may pass is computed in float32: the outcome is that of the dense float32 product, but for the order
+of its sums (1e-7) and for ties.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch import Tensor
 ROWS = 256  # vectors looked at together: their products stay in the processor's cache
 GPU_BLOCK = 2**28  # products held at a time on a GPU: 1 GiB
 NARROW, SMALL = 256, 2**28  # width and multiplications under which float32 is as quick
-UP = 2.0**-7  # more than bfloat16's relative rounding, 2⁻⁹, and its step, 2⁻⁸
+UP = 2.0**-7  # bfloat16's step; its rounding is half of that
 
 
 @cache
@@ -31,28 +32,33 @@ def dots(x: Tensor, W: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, column, row.new_zeros(1), row, 0)
 
 
-def passing(x: Tensor, W: Tensor, bias: Tensor, k: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Pairs (i, j) with x_i·W_j + bias_j > 0, of each row only its ``k`` largest where k is given, row by row.
+def passing(
+    x: Tensor, W: Tensor, bias: Tensor, *, floor: Tensor | None = None, k: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pairs (i, j) with x_i·W_j + bias_j > floor_j, row by row; or the ``k`` largest of each row, where above 0.
 
-    x [batch, d], W [n, d], bias [n]. Yields (row, column, value) [entries] for a block of rows at a time.
+    x [batch, d], W [n, d], bias and floor (default 0) [n]. Yields (row, column, value) [entries] for a block of rows at a
+    time, value = x_i·W_j + bias_j.
     """
-    yield from (_bounded if _worthwhile(x, W) else _dense)(x, W, bias, k)
+    floor = torch.zeros_like(bias) if floor is None else floor
+    yield from (_bounded if _worthwhile(x, W, bias - floor) else _dense)(x, W, bias, floor, k)
 
 
-def _worthwhile(x: Tensor, W: Tensor) -> bool:
-    """Does bounding first take less time? Small problems are done before the bounds are built."""
+def _worthwhile(x: Tensor, W: Tensor, bias: Tensor) -> bool:
+    """Does bounding first take less time? Small problems are done before the bounds are built; NaN has none."""
     usual = x.device.type == "cpu" and x.dtype == torch.float32 and W.is_contiguous()
-    return usual and x.shape[1] >= NARROW and len(x) * W.numel() >= SMALL and quick_bfloat16()
+    large = x.shape[1] >= NARROW and len(x) * W.numel() >= SMALL
+    return usual and large and quick_bfloat16() and bool(torch.isfinite(x.sum() + W.sum() + bias.sum()))
 
 
-def _dense(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _dense(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor, k: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     rows = min(len(x), max(1, GPU_BLOCK // len(W))) if x.is_cuda else ROWS
     buffer = x.new_empty(min(rows, len(x)), len(W))
     for at in range(0, len(x), rows):
         part = x[at : at + rows]
         pre = torch.addmm(bias, part, W.T, out=buffer[: len(part)])  # [rows, n]
         if k is None:
-            i, j = (pre > 0).nonzero(as_tuple=True)
+            i, j = (pre > floor).nonzero(as_tuple=True)
             value = pre[i, j]
         else:
             value, j = (t.flatten() for t in pre.topk(k, dim=1, sorted=False))
@@ -61,13 +67,15 @@ def _dense(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tuple[
         yield at + i, j, value
 
 
-def _bounded(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _bounded(
+    x: Tensor, W: Tensor, bias: Tensor, floor: Tensor, k: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """With x̂, ŵ rounded to bfloat16, x·w ≤ x̂·ŵ + ‖x‖·E, E = max‖x − x̂‖/‖x‖·‖ŵ‖ + ‖w − ŵ‖ + γ‖w‖ (γ: sums in float32).
 
-    Bias and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair.
+    Bias less floor and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair.
     """
-    low, norms = x.bfloat16(), x.norm(dim=1)  # [batch]
-    lost = float(((x - low.float()).norm(dim=1) / norms.clamp_min(1e-30)).max())
+    low, norms = x.bfloat16(), x.norm(dim=1).clamp_min(1e-15)  # [batch]; squares below 1e-38 are lost
+    lost = float(((x - low.float()).norm(dim=1) / norms).max())
     Wl = torch.empty(len(W), W.shape[1] + 2, dtype=torch.bfloat16)
     error = torch.empty(len(W))
     for at in range(0, len(W), ROWS):
@@ -76,9 +84,10 @@ def _bounded(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tupl
         rounded = Wl[at : at + ROWS, :-2].float()
         sums = x.shape[1] * 2.0**-23 * w.norm(dim=1)
         error[at : at + ROWS] = (w - rounded).norm(dim=1) + lost * rounded.norm(dim=1) + sums
-    Wl[:, -2], Wl[:, -1] = _up(bias), _up(error)
+    over = bias - floor
+    Wl[:, -2], Wl[:, -1] = _up(over), _up(error.clamp_min(1e-18))
     low = torch.cat([low, torch.ones_like(low[:, :1]), _up(norms)[:, None]], dim=1)  # [batch, d + 2]
-    slack = 2 * (norms * float(Wl[:, -1].max()) + float((Wl[:, -2].float() - bias).max()))  # [batch]
+    slack = 2 * (1 + UP) * (norms * float(Wl[:, -1].max()) + float((Wl[:, -2].float() - over).max()))  # [batch]
     buffer = torch.empty(min(ROWS, len(x)), len(W), dtype=torch.bfloat16)
     for at in range(0, len(x), ROWS):
         part = low[at : at + ROWS]
@@ -91,7 +100,8 @@ def _bounded(x: Tensor, W: Tensor, bias: Tensor, k: int | None) -> Iterator[tupl
         if k is None:
             i, j = _pairs(np.flatnonzero(bound > 0), len(W))
             values = value(i, j)
-            i, j, values = i[values > 0], j[values > 0], values[values > 0]
+            above = values > floor[j]
+            i, j, values = i[above], j[above], values[above]
         else:
             i, j, values = _largest(bound, k, slack[at : at + ROWS], value)
         yield at + i, j, values

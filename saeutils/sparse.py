@@ -49,12 +49,11 @@ class Active(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, threshold, bandwidth, shift, k=None, keep=None):
         sae_in = x - b_dec if shift else x  # [batch, d_in]
-        edge = threshold - bandwidth / 2
-        row, column, over = (torch.cat(p) for p in zip(*search.passing(sae_in, W_enc.T, b_enc - edge, k)))  # [entries]
-        if keep is not None and keep < len(over):
-            kept = over.topk(keep, sorted=False).indices.sort().values  # still row by row
-            row, column, over = row[kept], column[kept], over[kept]
-        pre = over + edge[column]
+        found = search.passing(sae_in, W_enc.T, b_enc, floor=threshold - bandwidth / 2, k=k)
+        row, column, pre = (torch.cat(p) for p in zip(*found))  # [entries]
+        if keep is not None and keep < len(pre):
+            kept = pre.topk(keep, sorted=False).indices.sort().values  # still row by row
+            row, column, pre = row[kept], column[kept], pre[kept]
         active = pre > threshold[column]
         values = pre * active
         first = F.pad(torch.bincount(row, minlength=len(x)).cumsum(0)[:-1], (1, 0))

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from saeutils import checkpoints, initializers, memory, optim
 from saeutils.metrics import fvu, orthogonality
 from saeutils.resampling import RESAMPLERS, reset_adam
-from saeutils.saes import aux_k_loss
+from saeutils.saes import aux_loss
 
 DEAD = ("none", "post", "anthropic", "aux_k")
 RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions
@@ -122,7 +122,9 @@ class _Trainer(SAETrainer):
                 )
             )
             if self.aux_k and not isinstance(sae, TopKTrainingSAE) and bool(self.dead_neurons.any()):
-                self._add_aux_k(output)
+                x, out = output.sae_in, output.sae_out
+                output.losses["aux_k_loss"] = loss = aux_loss(sae, x, out, self.dead_neurons, self.aux_k)
+                output.loss = output.loss + loss
         if not torch.isfinite(output.loss.detach()):
             raise ValueError(
                 f"loss is {output.loss.item()} at step {self.n_training_steps}: NaN or inf in the activations, or lr too high"
@@ -142,15 +144,6 @@ class _Trainer(SAETrainer):
         for scheduler in self.coefficient_schedulers.values():
             scheduler.step()
         return output
-
-    def _add_aux_k(self, output: TrainStepOutput) -> None:
-        sae, dead = self.sae, self.dead_neurons.nonzero()[:, 0]
-        sae_in = output.sae_in - sae.b_dec if sae.cfg.apply_b_dec_to_input else output.sae_in
-        pre = sae_in @ sae.W_enc[:, dead] + sae.b_enc[dead]  # [batch, n_dead]
-        residual = (output.sae_in - output.sae_out).detach()
-        loss = self.aux_k * aux_k_loss(pre, sae.W_dec[dead], residual, len(dead))
-        output.losses["aux_k_loss"] = loss
-        output.loss = output.loss + loss
 
     @torch.no_grad()
     def _count(self, acts: Tensor) -> None:
@@ -195,7 +188,8 @@ def train(
     """Train a SAELens training SAE, or several by name on one stream, in place.
 
     The history has one row for each ``log_every`` steps, the first and the last. Of several SAEs each takes its step on a
-    batch before any takes the next, so the stream (and the LM behind it) is read once for all.
+    batch before any takes the next, so the stream (and the LM behind it) is read once for all. The process keeps its freed
+    memory from here on, see :mod:`saeutils.memory`.
 
     Columns: (sae, its name, where there are several,) step, samples, loss and every loss term, fvu, l0 (of that batch), dead (share of latents silent for
     ``dead_window`` steps), orthogonality (mean |cos| of decoder rows, from 512 rows), lr, resampled (latents so far).

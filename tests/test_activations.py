@@ -1,6 +1,7 @@
 """The collector against transformers' own hidden states; cache, resume, splits, stream."""
 
 import types
+from itertools import islice
 
 import pytest
 import torch
@@ -166,6 +167,22 @@ def test_stream_holds_its_pool_and_reads_no_further(wiki, monkeypatch):
     seen = torch.cat([next(stream) for _ in range(12)])
     assert sum(read) == 1000  # tokenised as needed, a thousand at a time
     assert len(seen.unique(dim=0)) > 0.5 * len(seen)  # the corpus repeats itself, the pool does not give a row twice
+
+
+@pytest.mark.parametrize("buffer, batch_size", [(1, 500), (1, 2000), (2, 1999), (3, 64)])
+def test_stream_never_overflows_its_pool(wiki, monkeypatch, buffer, batch_size):
+    monkeypatch.setattr(activations, "SHARD_TOKENS", 2000)
+    stream = activations.stream("gemma-3-270m", HOOK, wiki, batch_size=batch_size, context=64, buffer=buffer)
+    for batch in islice(stream, 30_000 // batch_size):
+        assert batch.shape == (batch_size, 640)
+
+
+def test_stream_refuses_what_it_cannot_hold_or_never_finds(wiki):
+    with pytest.raises(ValueError, match="buffer=0 shards of 65,536 rows must hold a batch of 4,096"):
+        next(activations.stream("gemma-3-270m", HOOK, wiki, buffer=0))
+    empty = Dataset.from_dict({"text": [""]})
+    with pytest.raises(ValueError, match="no tokens in documents for training"):
+        next(activations.stream("gemma-3-270m", HOOK, empty))
 
 
 def test_pools_keep_every_window_once(wiki):

@@ -30,22 +30,37 @@ def found(blocks, x, W):
 @given(
     batch=st.integers(1, 600), n=st.integers(1, 80), d=st.integers(1, 40), seed=st.integers(0, 999),
     spread=st.sampled_from([0.0, 1.0, 3.0]), k=st.sampled_from([None, 1, 3, 20]), shift=st.sampled_from([0.0, -2.0, -1e6]),
+    size=st.sampled_from([1.0, 1e-12, 1e-24]), floors=st.booleans(),
 )  # fmt: skip
-def test_bounded_equals_dense(batch, n, d, seed, spread, k, shift):
+def test_bounded_equals_dense(batch, n, d, seed, spread, k, shift, size, floors):
     x, W, bias = problem(batch, n, d, seed, spread)
+    x, bias = x * size, (bias + shift) * size
     k = k and min(k, n)
-    dense = (x.double() @ W.double().T + bias + shift).relu()
+    floor = bias.roll(1) if floors and not k else torch.zeros(n)
+    pre = x.double() @ W.double().T + bias
+    dense = torch.where(pre > floor, pre, 0.0)
     if k:
-        dense = torch.zeros_like(dense).scatter(1, (top := dense.topk(k, dim=1)).indices, top.values)
+        dense = torch.zeros_like(dense).scatter(1, (top := dense.relu().topk(k, dim=1)).indices, top.values)
+    scale = x.double().norm(dim=1)[:, None] * W.norm(dim=1) + bias.abs() + floor.abs()
     for search_ in (search._bounded, search._dense):
-        ours = found(search_(x, W, bias + shift, k), x, W)
-        scale = x.norm(dim=1)[:, None] * W.norm(dim=1) + bias.abs() + abs(shift)
-        assert ((ours - dense).abs() <= 2e-6 * scale.clamp_min(1e-6)).all()
+        ours = found(search_(x, W, bias, floor, k), x, W)
+        apart = (ours - dense).abs() > 2e-6 * scale
+        edge = (pre - floor).abs() <= 2e-6 * scale  # passing or not, by rounding
+        assert not (apart & ~edge).any()
+
+
+def test_what_is_not_finite_is_searched_densely():
+    x, W, bias = problem(600, 80, 40, 0, 0.0)
+    assert search._worthwhile(x.repeat(40, 8), W.repeat(40, 8), bias) == search.quick_bfloat16()
+    for i in range(3):
+        broken = [x.repeat(40, 8), W.repeat(40, 8), bias.clone()]
+        broken[i].view(-1)[3] = -torch.inf
+        assert not search._worthwhile(*broken)
 
 
 def test_ties_give_k_of_them():
     x, W = torch.ones(5, 4), torch.ones(70, 4)
-    out = found(search._bounded(x, W, torch.zeros(70), 7), x, W)
+    out = found(search._bounded(x, W, torch.zeros(70), torch.zeros(70), 7), x, W)
     assert ((out > 0).sum(1) == 7).all()
 
 
@@ -54,14 +69,14 @@ def test_bound_holds_where_rounding_is_worst():
     x = torch.full((3, 2048), 1 + 2.0**-8 + 2.0**-20)
     W = torch.cat([x, -x, x * 0.999])
     bias = -(x[:1].double() @ W.double().T)[0].float() * (1 - 1e-4)  # what is left of it decides
-    ((_row, column, value),) = search._bounded(x, W, bias, None)
+    ((_row, column, value),) = search._bounded(x, W, bias, torch.zeros(9), None)
     assert sorted(set(column.tolist())) == [0, 1, 2, 6, 7, 8] and (value > 0).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_searches_densely():
     x, W, bias = (t.cuda() for t in problem(300, 70, 16, 0, 0.0))
-    out = found(search.passing(x, W, bias, 5), x.cpu(), W.cpu())
+    out = found(search.passing(x, W, bias, k=5), x.cpu(), W.cpu())
     assert (out > 0).sum(1).max() <= 5
 
 

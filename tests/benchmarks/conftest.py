@@ -139,8 +139,7 @@ def pytest_sessionfinish(session, exitstatus) -> None:
     if os.environ.get("SAEUTILS_SPEED") and exitstatus == 0:
         folder = claims.root() / "figures" / "speed"
         folder.mkdir(parents=True, exist_ok=True)
-        for section, part in table.groupby("section", sort=False):
-            part.to_csv(folder / f"{section}.csv", index=False, float_format="%.4g")
+        table.to_csv(folder / "speed.csv", index=False, float_format="%.4g")
         _draw(table[table["section"] == "scaling"], folder)
 
 

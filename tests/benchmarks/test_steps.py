@@ -1,7 +1,8 @@
 """One whole training step of every kind of SAE at three sizes: ours, SAELens, dictionary_learning, sparsify, one matmul.
 
 L0 is k: ReLU SAEs of ours and of SAELens get biases at which each latent fires on k/n of the rows (a dense step takes as
-long whatever is active). TopK also with one latent in twenty dead, where the auxiliary loss is paid.
+long whatever is active). TopK also with one latent in twenty dead, where the auxiliary loss is paid. Rows and weights are
+random, the batch is always the same. SAELens under autocast computes in bfloat16, everything else in float32.
 """
 
 import importlib
@@ -21,14 +22,14 @@ from saeutils.training import _Options, _Trainer
 BATCH = 4096
 SIZES = {"576 → 9,216, k 32": (576, 9216, 32), "768 → 12,288, k 64": (768, 12_288, 64), "2,048 → 16,384, k 64": (2048, 16_384, 64)}  # fmt: skip
 WHO = {
-    "TopK": ("SAELens", "SAELens sparse", "dictionary_learning", "sparsify"), "TopK with 5% dead": ("SAELens",),
-    "BatchTopK": ("SAELens", "dictionary_learning"),
-    "JumpReLU": ("SAELens", "dictionary_learning"), "ReLU+L1": ("SAELens", "dictionary_learning"),
+    "TopK": ("SAELens", "SAELens autocast", "SAELens sparse", "dictionary_learning", "sparsify"),
+    "TopK with 5% dead": ("SAELens",),
+    "BatchTopK": ("SAELens", "SAELens autocast", "dictionary_learning"),
+    "JumpReLU": ("SAELens", "SAELens autocast", "dictionary_learning"),
+    "ReLU+L1": ("SAELens", "SAELens autocast", "dictionary_learning"),
     "GBA": (), "AlignSAE": (),
 }  # fmt: skip
 TF32 = (False, True) if torch.cuda.is_available() else (False,)  # on a GPU: off for parity, on for speed
-if torch.cuda.is_available():
-    WHO = {kind: (*who, "SAELens autocast") if who else () for kind, who in WHO.items()}
 CASES = [(size, kind, who) for size in SIZES for kind in WHO for who in ("ours", *WHO[kind])]
 
 
