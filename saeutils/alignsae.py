@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from sae_lens import registry
-from sae_lens.saes.sae import SAE, SAEConfig, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAE, SAEConfig, TrainStepInput
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from torch import Tensor, nn
 
@@ -114,11 +114,10 @@ class AlignTrainingSAE(SparseStandardTrainingSAE):
         pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
         return self.hook_sae_acts_post(_top(pre, len(self.cfg.slots), self.cfg.free_k)), pre
 
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Sparse once few latents are active; with a TopK free bank always dense."""
-        if self.cfg.free_k:
-            return TrainingSAE.training_forward_pass(self, step_input)
-        return super().training_forward_pass(step_input)
+    @property
+    def dense_only(self) -> bool:
+        """The sparse pass knows no TopK free bank."""
+        return super().dense_only or self.cfg.free_k is not None
 
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor

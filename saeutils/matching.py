@@ -139,10 +139,11 @@ class _Round(NamedTuple):
 
 def _proven(A: Tensor, B: Tensor) -> np.ndarray | None:
     """Column of every row in an optimal assignment of the dense problem, or None if it was not proven in ROUNDS."""
-    for r in _rounds(A, B, NEIGHBOURS, ROUNDS, False, CONTESTED * len(A)):
+    limit = CONTESTED * len(A)
+    for r in _rounds(A, B, NEIGHBOURS, ROUNDS, False, limit):
         if not r.violations:
             return r.chosen
-        if not r.settled or r.violations > CONTESTED * len(A):
+        if not r.settled or r.violations > limit:
             return None
     return None
 

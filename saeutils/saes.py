@@ -19,14 +19,18 @@ from torch import Tensor
 from saeutils import sparse
 
 
-def _takes_rows_as_they_are(cfg: TrainingSAEConfig) -> None:
-    if cfg.normalize_activations != "none":
-        name = cfg.architecture()
-        raise ValueError(f"{name} takes normalised batches: set normalize_activations='none' and see fold_scale")
+class _RowsAsTheyAre:
+    """Settings of SAEs that do not normalise: their sparse pass sees rows as they come."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalize_activations != "none":
+            name = self.architecture()
+            raise ValueError(f"{name} takes normalised batches: set normalize_activations='none' and see fold_scale")
 
 
 @dataclass
-class _UnitDecoder:
+class _UnitDecoder(_RowsAsTheyAre):
     """Settings of SAEs whose decoder rows are expected at unit norm (``train`` keeps them there), not rescaled."""
 
     rescale_acts_by_decoder_norm: bool = False
@@ -37,7 +41,6 @@ class _UnitDecoder:
         name = self.architecture()
         if self.rescale_acts_by_decoder_norm:
             raise ValueError(f"{name} keeps decoder rows at unit norm: set rescale_acts_by_decoder_norm=False")
-        _takes_rows_as_they_are(self)
         if not 0 < self.k <= self.d_sae:
             raise ValueError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
 
@@ -177,7 +180,7 @@ class SparseBatchTopKTrainingSAE(_Sparse, BatchTopKTrainingSAE):
 
 
 @dataclass
-class SparseJumpReLUTrainingSAEConfig(JumpReLUTrainingSAEConfig):
+class SparseJumpReLUTrainingSAEConfig(_RowsAsTheyAre, JumpReLUTrainingSAEConfig):
     """SAELens' JumpReLU settings with ``target_l0`` and the defaults of SAEBench's recipe (Karvonen et al. 2025).
 
     Give it inputs of root mean squared norm 1 (``Activations.batches(normalise="rms")``): bandwidth and threshold are in
@@ -193,7 +196,6 @@ class SparseJumpReLUTrainingSAEConfig(JumpReLUTrainingSAEConfig):
         super().__post_init__()
         if self.target_l0 is None or not 0 < self.target_l0 < self.d_sae:
             raise ValueError(f"target_l0={self.target_l0} must lie between 0 and d_sae={self.d_sae}")
-        _takes_rows_as_they_are(self)
 
     @classmethod
     def architecture(cls) -> str:
@@ -234,12 +236,8 @@ class SparseJumpReLUTrainingSAE(_Sparse, JumpReLUTrainingSAE):
 
 
 @dataclass
-class SparseStandardTrainingSAEConfig(StandardTrainingSAEConfig):
+class SparseStandardTrainingSAEConfig(_RowsAsTheyAre, StandardTrainingSAEConfig):
     """SAELens' settings of ReLU + L1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _takes_rows_as_they_are(self)
 
     @classmethod
     def architecture(cls) -> str:
@@ -255,10 +253,15 @@ class SparseStandardTrainingSAE(_Sparse, StandardTrainingSAE):
     From random weights half of all latents are active, so it starts with SAELens' dense pass.
     """
 
+    @property
+    def dense_only(self) -> bool:
+        """The sparse pass knows the L1 norm only."""
+        return self.cfg.lp_norm != 1
+
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As in SAELens; sparse once few latents are active: then ``feature_acts`` is a sparse COO tensor."""
-        x, cfg = step_input.sae_in.to(self.dtype), self.cfg
-        if many_active(self, x) or cfg.lp_norm != 1:
+        x = step_input.sae_in.to(self.dtype)
+        if self.dense_only or many_active(self, x):
             return super().training_forward_pass(step_input)
         sae_out, _, values, acts = self.sparse_forward(x)
         losses = {"mse_loss": (sae_out - x).pow(2).sum(-1).mean()}

@@ -109,13 +109,8 @@ def clamp(hook: str, sae: SAE, latent: int | Sequence[int], value: float, positi
 
 def scale(hook: str, sae: SAE, latent: int | Sequence[int], factor: float, positions: Positions = AFTER_BOS) -> Edit:
     """Multiply latents by ``factor`` wherever they are active."""
-    numbers = _checked(sae, latent)
-
-    def change(f: Tensor) -> Tensor:
-        f[:, numbers] *= factor
-        return f
-
-    return latents(hook, sae, change, positions)
+    numbers = torch.tensor(_checked(sae, latent))
+    return latents(hook, sae, lambda f: f.index_copy(1, numbers.to(f.device), f[:, numbers] * factor), positions)
 
 
 def ablate(hook: str, sae: SAE, latent: int | Sequence[int], positions: Positions = AFTER_BOS) -> Edit:
@@ -288,11 +283,13 @@ def loss_recovered(
     def loss(edit: Edit) -> float:
         return mean_loss(lm, rows, [edit], batch_size, lambda real: state.update(real=real))
 
-    clean, zero, averaged = ((known or {}).get(name) for name in ("clean", "zero", "mean"))
-    if not known:
+    if known:
+        clean, zero, averaged = (known[name] for name in ("clean", "zero", "mean"))
+    else:
         clean = loss((hook, remember))
+        mean = total[0] / total[1]
         zero = loss(_edit(hook, sae.cfg.d_in, lambda x: -x, AFTER_BOS))
-        averaged = loss(_edit(hook, sae.cfg.d_in, lambda x: total[0] / total[1] - x, AFTER_BOS))
+        averaged = loss(_edit(hook, sae.cfg.d_in, lambda x: mean - x, AFTER_BOS))
     spliced = loss(splice(hook, sae))
     return {
         "clean": clean, "sae": spliced, "zero": zero, "mean": averaged,

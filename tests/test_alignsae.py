@@ -1,5 +1,7 @@
 """AlignSAE against naive formulas: losses, penalty, schedule, saving, the swap, and what is refused."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -83,13 +85,12 @@ def test_sparse_pass_equals_dense(labels):
     x, relation, answer = world()
     sae.labels = (relation, answer) if labels else None
     step, found = TrainStepInput(x, {"l1": 0.05}, None, 1, False), []
-    share = sparse.DENSE_ABOVE
-    for sparse.DENSE_ABOVE in (2.0, 0.0):
+    for share in (2.0, 0.0):
         sae.zero_grad()
-        out = sae.training_forward_pass(step)
+        with patch.object(sparse, "DENSE_ABOVE", share):
+            out = sae.training_forward_pass(step)
         out.loss.backward()
         found.append((out, {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}))
-    sparse.DENSE_ABOVE = share
     (a, grads_a), (b, grads_b) = found
     assert a.feature_acts.is_sparse and not b.feature_acts.is_sparse
     assert a.losses.keys() == b.losses.keys() and grads_a.keys() == grads_b.keys()

@@ -1,5 +1,8 @@
 """sparse_topk, sparse_batchtopk and sparse_standard against dense autograd and against SAELens' own."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,13 +46,12 @@ def _pair(d, n, k, seed=0, batch=False, **kw):
     return ours, theirs
 
 
-@pytest.fixture(scope="module")
-def any_width():
-    """Narrow problems are bounded too, if SMALL allows."""
-    before = search.NARROW, search.SMALL
-    search.NARROW = 0
-    yield
-    search.NARROW, search.SMALL = before
+@contextmanager
+def _searched(bounded):
+    """Sparse at any density; ``bounded``: latents are searched for in bfloat16 at any size, where it is quick."""
+    sizes = {"NARROW": 0, "SMALL": 0} if bounded else {"NARROW": search.NARROW}
+    with patch.object(sparse, "DENSE_ABOVE", 2.0), patch.multiple(search, **sizes):
+        yield
 
 
 def _gradients(sae, x, dead=None, **coefficients):
@@ -75,14 +77,14 @@ def _same_gradients(a, b):
 @settings(max_examples=25, deadline=None)
 @given(
     d=st.integers(2, 24), n=st.integers(3, 60), k=st.integers(1, 3), batch=st.integers(1, 300), n_dead=st.integers(0, 60),
-    shift=st.booleans(), seed=st.integers(0, 99), small=st.sampled_from([0, search.SMALL]),
+    shift=st.booleans(), seed=st.integers(0, 99), bounded=st.booleans(),
 )  # fmt: skip
-def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed, small, any_width):
-    search.SMALL = small  # 0: latents are searched for in bfloat16 wherever it is quick
+def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed, bounded):
     ours, theirs = _pair(d, n, k, seed, apply_b_dec_to_input=shift)
     x = torch.randn(batch, d)
     dead = torch.arange(n) < n_dead
-    a, grads_a = _gradients(ours, x, dead)
+    with _searched(bounded):
+        a, grads_a = _gradients(ours, x, dead)
     b, grads_b = _gradients(theirs, x, dead)
     assert _close(a.loss, b.loss)
     assert _close(a.feature_acts.to_dense(), b.feature_acts)
@@ -93,19 +95,15 @@ def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed, sma
 @given(
     d=st.integers(2, 24), n=st.integers(9, 60), k=st.floats(0.3, 3), batch=st.integers(1, 300), n_dead=st.integers(0, 60),
     level=st.sampled_from([0.0, 0.1, 1.0, 50.0]), shift=st.booleans(), seed=st.integers(0, 99),
-    small=st.sampled_from([0, search.SMALL]),
+    bounded=st.booleans(),
 )  # fmt: skip
 def test_batchtopk_gradients_equal_dense_autograd_whatever_the_guess(
-    d, n, k, batch, n_dead, level, shift, seed, small, any_width
+    d, n, k, batch, n_dead, level, shift, seed, bounded
 ):
-    search.SMALL = small
     ours, theirs = _pair(d, n, k, seed, batch=True, apply_b_dec_to_input=shift)
     ours.level, x, dead = level, torch.randn(batch, d), torch.arange(n) < n_dead
-    share, sparse.DENSE_ABOVE = sparse.DENSE_ABOVE, 2.0  # sparse at any density
-    try:
+    with _searched(bounded):
         a, grads_a = _gradients(ours, x, dead)
-    finally:
-        sparse.DENSE_ABOVE = share
     b, grads_b = _gradients(theirs, x, dead)
     assert _close(a.loss, b.loss) and _close(a.feature_acts.to_dense(), b.feature_acts)
     assert torch.allclose(ours.topk_threshold, theirs.topk_threshold, rtol=1e-5)
@@ -115,10 +113,9 @@ def test_batchtopk_gradients_equal_dense_autograd_whatever_the_guess(
 @settings(max_examples=25, deadline=None)
 @given(
     d=st.integers(2, 24), n=st.integers(3, 60), batch=st.integers(1, 300), shift=st.booleans(), seed=st.integers(0, 99),
-    small=st.sampled_from([0, search.SMALL]),
+    bounded=st.booleans(),
 )  # fmt: skip
-def test_relu_gradients_equal_saelens(d, n, batch, shift, seed, small, any_width):
-    search.SMALL = small
+def test_relu_gradients_equal_saelens(d, n, batch, shift, seed, bounded):
     torch.manual_seed(seed)
     settings_ = dict(d_in=d, d_sae=n, l1_coefficient=0.3, apply_b_dec_to_input=shift)
     ours = SparseStandardTrainingSAE(SparseStandardTrainingSAEConfig(**settings_))
@@ -128,11 +125,8 @@ def test_relu_gradients_equal_saelens(d, n, batch, shift, seed, small, any_width
         for name in PARAMETERS:
             getattr(theirs, name).copy_(getattr(ours, name))
     x = torch.randn(batch, d)
-    share, sparse.DENSE_ABOVE = sparse.DENSE_ABOVE, 2.0  # sparse at any density
-    try:
+    with _searched(bounded):
         a, grads_a = _gradients(ours, x, l1=0.3)
-    finally:
-        sparse.DENSE_ABOVE = share
     b, grads_b = _gradients(theirs, x, l1=0.3)
     assert _close(a.loss, b.loss) and _close(a.feature_acts.to_dense(), b.feature_acts)
     assert all(torch.allclose(a.losses[k], b.losses[k], rtol=1e-5) for k in b.losses)
