@@ -164,7 +164,7 @@ class Collector:
 
         BOS is dropped, and so is every row whose norm exceeds ``outlier`` times the pool's median (attention sinks).
         """
-        parts: dict[str, list[Tensor]] = {"x": [], "token": [], "doc": [], "position": []}
+        parts: dict[str, list[Tensor]] = {"x": [], "norm": [], "token": [], "doc": [], "position": []}
         bos = int(self.tokenizer.bos_token_id is not None)
         for batch in _batches(pool, windows, self.batch_tokens):
             length = torch.tensor([len(windows.tokens[i]) for i in batch])
@@ -174,12 +174,13 @@ class Collector:
             place = torch.arange(ids.shape[1]).expand_as(ids)
             keep = (place >= bos) & (place < length[:, None])  # [batch, position]
             parts["x"].append(self.forward(ids).cpu()[keep])
+            parts["norm"].append(parts["x"][-1].float().norm(dim=-1))  # here, while the rows are in the cache
             parts["token"].append(ids[keep].int())
             parts["doc"].append(torch.tensor([windows.doc[i] for i in batch])[:, None].expand_as(ids)[keep].int())
             start = torch.tensor([windows.start[i] for i in batch])[:, None]
             parts["position"].append((start + place - bos)[keep].int())
         out = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        norms = out["x"].float().norm(dim=-1)
+        norms = out.pop("norm")
         if not torch.isfinite(norms).all():
             raise ValueError(
                 f"{self.hook} gave NaN or inf in {out['x'].dtype}: use dtype=torch.float32 (float16 overflows on Gemma)"
