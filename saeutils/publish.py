@@ -78,8 +78,9 @@ def speed_table() -> str:
         return "Not measured yet: `SAEUTILS_SPEED=1 pytest tests/benchmarks -s`."
     runs = pd.read_csv(path)
     runs = runs[runs["section"] != "scaling"]
-    seconds, peak = (
-        runs.pivot_table(index=["section", "row"], columns="who", values=v, sort=False) for v in ("seconds", "peak GiB")
+    seconds, floors, over, peak = (
+        runs.pivot(index=["section", "row"], columns="who", values=v)
+        for v in ("seconds", "× floor", "× ours", "peak GiB")
     )
     machines = ", ".join(runs["machine"].unique())
     lines = [
@@ -88,17 +89,19 @@ def speed_table() -> str:
         "| | what | ours, ms | × floor | a peer's time over ours | peak GiB: ours, peers |",
         "|---" * 6 + "|",
     ]
-    for (section, row), r in seconds[seconds["ours"].notna()].iterrows():
-        shared = (section, f"one matmul, {row.split(', ', 1)[-1]}")  # steps of one size share their floor
-        floor = seconds.loc[shared, "floor"] if shared in seconds.index else r.get("floor", float("nan"))
-        over = f"{r['ours'] / floor:.2f}" if pd.notna(floor) else ""
-        peers = [who for who in r.index if who not in ("ours", "floor") and pd.notna(r[who])]
-        ratios = ", ".join(f"{who} {r[who] / r['ours']:.1f}" for who in peers)
-        held = peak.loc[(section, row)] if (section, row) in peak.index else pd.Series(dtype=float)
-        used = ", ".join(f"{held[who]:.2f}" for who in ("ours", *peers) if pd.notna(held.get(who)))
-        lines.append(
-            f"| {section} | {row} | {r['ours'] * 1e3:,.{1 if r['ours'] < 0.1 else 0}f} | {over} | {ratios} | {used} |"
+    for at in runs.drop_duplicates(["section", "row"]).set_index(["section", "row"]).index:
+        time, floor = seconds.loc[at, "ours"], floors.loc[at, "ours"]
+        peers = over.loc[at].drop("ours").dropna()
+        ratios = ", ".join(f"{who} {times:.1f}" for who, times in peers.items())
+        used = ", ".join(f"{v:.2f}" for v in peak.loc[at, ["ours", *peers.index]].dropna())
+        cells = (
+            *at,
+            f"{time * 1e3:,.{1 if time < 0.1 else 0}f}",
+            f"{floor:.2f}" if floor == floor else "",
+            ratios,
+            used,
         )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import threading
@@ -82,9 +83,9 @@ class Peak:
 
 @pytest.fixture(scope="session")
 def record():
-    """``record(section, row, who, seconds)`` keeps a measurement made otherwise."""
-    return lambda section, row, who, seconds, gib=float("nan"): ROWS.append(
-        {"section": section, "row": row, "who": who, "seconds": seconds, "peak GiB": gib}
+    """``record(section, row, who, seconds)`` keeps a measurement made otherwise; ``floor``: seconds in the same minute."""
+    return lambda section, row, who, seconds, gib=float("nan"), floor=float("nan"): ROWS.append(
+        {"section": section, "row": row, "who": who, "seconds": seconds, "peak GiB": gib, "floor": floor}
     )
 
 
@@ -92,23 +93,27 @@ def record():
 def measure(benchmark, record):
     """``measure(section, row, who, function, rounds)``: median seconds and peak memory, kept under that row and column.
 
-    ``per``: how much of the measured thing one call does.
+    ``per``: how much of the measured thing one call does. ``floor``: timed before and after, as a machine's pace drifts.
     """
 
-    def run(section: str, row: str, who: str, function, rounds: int = 3, per: float = 1) -> float:
-        def timed() -> None:
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-
+    def clock(function) -> float:
         start = time.perf_counter()
-        with Peak() as peak:  # also the warm-up
-            timed()
-        once = time.perf_counter() - start
-        benchmark.pedantic(timed, rounds=1 if once > SLOW else max(rounds, int(ENOUGH / once)), warmup_rounds=0)
-        seconds = benchmark.stats["median"] / per
-        record(section, row, who, seconds, peak.gib if per == 1 else float("nan"))
-        return seconds
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def run(section: str, row: str, who: str, function, rounds: int = 3, per: float = 1, floor=None) -> None:
+        def floors() -> list[float]:
+            return [clock(floor) for _ in range(3 if clock(floor) < 1 else 1)] if floor else []
+
+        before = floors()
+        with Peak() as peak:
+            once = clock(function)  # also the warm-up
+        rounds = 1 if once > SLOW else max(rounds, int(ENOUGH / once))
+        benchmark.pedantic(clock, (function,), rounds=rounds, warmup_rounds=0)
+        beside = statistics.median(before + floors()) if floor else float("nan")
+        record(section, row, who, benchmark.stats["median"] / per, peak.gib if per == 1 else float("nan"), beside)
 
     return run
 
@@ -130,10 +135,12 @@ def pytest_sessionfinish(session, exitstatus) -> None:
         return
     table = pd.DataFrame(ROWS)
     table["machine"] = machine()
-    ours = table[table["who"] == "ours"].set_index(["section", "row"])["seconds"]
-    table["× ours"] = [r["seconds"] / ours.get((r["section"], r["row"]), float("nan")) for _, r in table.iterrows()]
+    table["× floor"] = table["seconds"] / table["floor"]
+    cost = table["× floor"].fillna(table["seconds"])  # beside a floor of its own minute a slow minute cancels
+    ours = cost.where(table["who"] == "ours").groupby([table["section"], table["row"]]).transform("first")
+    table["× ours"] = cost / ours
     print("\n" + machine())
-    for values in ("seconds", "× ours", "peak GiB"):
+    for values in ("seconds", "× floor", "× ours", "peak GiB"):
         shown = table.pivot_table(index=["section", "row"], columns="who", values=values, sort=False)
         print(f"\n{values}\n{shown.to_string(float_format=lambda v: f'{v:.3g}', na_rep='')}")
     if os.environ.get("SAEUTILS_SPEED") and exitstatus == 0:
@@ -149,12 +156,12 @@ def _draw(scaling: pd.DataFrame, folder: Path) -> None:
     scaling = scaling.assign(
         axis=scaling["row"].str.split().str[0],
         value=scaling["row"].str.split().str[1].astype(int),
-        ms=scaling["seconds"] * 1e3,
     )
     fig, axes = plots.panels(3, 4.4, 3.4)
     for ax, (axis, part) in zip(axes, scaling.groupby("axis", sort=False)):
-        part = part.replace({"who": {"ours": "TopK step", "floor": "one encoder matmul"}})
-        plots.lines(ax, part, "value", "ms", "who")
+        part = part.rename(columns={"seconds": "TopK step", "floor": "one encoder matmul"})
+        part = part.melt("value", ["TopK step", "one encoder matmul"], "what", "s").assign(ms=lambda t: t["s"] * 1e3)
+        plots.lines(ax, part, "value", "ms", "what")
         ax.set(xscale="log", yscale="log", xlabel={"tokens": "tokens in a batch"}.get(axis, axis), ylabel="ms")
         ax.xaxis.set_minor_locator(ticker.NullLocator())
         ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
