@@ -126,12 +126,7 @@ def project_out(hook: str, directions: Tensor, positions: Positions = AFTER_BOS)
 
 def splice(hook: str, sae: SAE) -> Edit:
     """x ← decode(encode(x)): the SAE's reconstruction in place of the activation (BOS and sinks excepted)."""
-
-    @torch.no_grad()
-    def delta(x: Tensor) -> Tensor:
-        return sae(x.to(sae.dtype)).float() - x
-
-    return _edit(hook, sae.cfg.d_in, delta, AFTER_BOS)
+    return _edit(hook, sae.cfg.d_in, torch.no_grad()(lambda x: sae(x.to(sae.dtype)).float() - x), AFTER_BOS)
 
 
 @contextmanager
@@ -202,24 +197,33 @@ def continued(lm: TransformerBridge, ids: Tensor, tokens: int, temperature: floa
     return torch.cat(made, dim=1)
 
 
+def _nll(lm: TransformerBridge, ids: Tensor, wanted: Tensor, edits: Sequence[Edit] = ()) -> Tensor:
+    """Cross-entropy (nats) of the tokens that follow positions ``wanted`` [batch, position − 1] of ``ids``, [n]."""
+    # the vocabulary is most of a small model's work: only these positions go through it, in parts that fit the cache
+    chosen = F.pad(wanted, (0, 1))
+    with edited(lm, [*edits, ("unembed.hook_in", lambda x, hook=None: x[chosen][None])]):
+        logits = lm(ids)[0]  # [n, vocabulary]
+    parts = zip(logits.split(32), ids[:, 1:][wanted].split(32))
+    return torch.cat([F.cross_entropy(a.float(), target, reduction="none") for a, target in parts])
+
+
 @torch.no_grad()
 def continuation_loss(
     lm: TransformerBridge, prompts: Sequence[str], texts: Sequence[Sequence[str]], batch_size: int = 64
 ) -> Tensor:
     """Mean cross-entropy (nats a token) of each continuation under the unedited model → [prompts, samples]."""
     pairs = [(p, t) for p, row in zip(prompts, texts) for t in row]
-    losses = torch.full((len(pairs),), float("nan"))
+    losses = []
     encoded = [(lm.to_tokens(p)[0], lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for p, t in pairs]
     for at in range(0, len(pairs), batch_size):
         part = encoded[at : at + batch_size]
         rows = [torch.cat([p, torch.tensor(t, dtype=p.dtype, device=p.device)]) for p, t in part]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # right-padded: causal, so harmless
-        logits = lm(ids)[:, :-1].float()  # [batch, position, vocabulary]
-        nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(part), -1)
-        for i, (p, t) in enumerate(part):
-            if t:
-                losses[at + i] = nll[i, len(p) - 1 : len(p) - 1 + len(t)].mean()
-    return losses.view(len(prompts), -1)
+        wanted = torch.zeros(len(part), ids.shape[1] - 1, dtype=torch.bool, device=ids.device)
+        for row, (p, t) in zip(wanted, part):
+            row[len(p) - 1 : len(p) - 1 + len(t)] = True
+        losses += [own.mean().cpu() for own in _nll(lm, ids, wanted).split([len(t) for _, t in part])]  # of none: NaN
+    return torch.stack(losses).view(len(prompts), -1)
 
 
 def windows(lm: TransformerBridge, texts: Sequence[str], context: int = 128) -> list[list[int]]:
@@ -245,18 +249,14 @@ def mean_loss(
 
     ``each`` is told, before a batch runs, which positions predict a token: [batch, position − 1].
     """
-    nll, count = 0.0, 0
+    losses = []
     for at in range(0, len(rows), batch_size):
         part = [torch.tensor(r) for r in rows[at : at + batch_size]]
-        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True).to(lm.cfg.device)
-        target = torch.nn.utils.rnn.pad_sequence([p[1:] for p in part], batch_first=True, padding_value=-100)
-        target = target.to(ids.device)
-        each(target != -100)
-        with edited(lm, edits):
-            logits = lm(ids)[:, :-1].float()
-        nll += float(F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="sum"))
-        count += int((target != -100).sum())
-    return nll / count
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=-1).to(lm.cfg.device)
+        wanted = ids[:, 1:] >= 0
+        each(wanted)
+        losses.append(_nll(lm, ids.clamp_min(0), wanted, edits))
+    return float(torch.cat(losses).mean())
 
 
 @torch.no_grad()

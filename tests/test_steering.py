@@ -123,6 +123,30 @@ def test_sampling_is_seeded_and_batched(lm):
     assert loss.shape == (2, 3) and torch.isfinite(loss).all()
 
 
+def test_losses_equal_the_formula_row_by_row(lm):
+    rows = steering.windows(lm, [PROMPT, "Paris is the capital of France and its largest city.", "a word or two"], 9)
+    edit = steering.add(HOOK, 30 * torch.randn(640, generator=torch.Generator().manual_seed(0)), positions=[2, 3])
+
+    def naive(row, edits=()):  # of every token but the first, [position − 1]
+        with steering.edited(lm, edits), torch.no_grad():
+            return -lm(torch.tensor([row]))[0, :-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
+
+    for edits in ((), [edit]):
+        expected = float(torch.cat([naive(r, edits) for r in rows]).mean())
+        assert steering.mean_loss(lm, rows, edits, batch_size=2) == pytest.approx(expected, rel=1e-4)
+    said = [["a fine day", "it"], ["", " of France"]]
+    measured = steering.continuation_loss(lm, ["he is", "the capital"], said)
+    for prompt, texts, found in zip(("he is", "the capital"), said, measured):
+        for t, loss in zip(texts, found):
+            tail = lm.tokenizer(t, add_special_tokens=False)["input_ids"]
+            expected = (
+                naive([*lm.to_tokens(prompt)[0].tolist(), *tail])[-len(tail) :].mean()
+                if tail
+                else torch.tensor(torch.nan)
+            )
+            assert float(loss) == pytest.approx(float(expected), rel=1e-4, nan_ok=True)
+
+
 def test_loss_recovered_bounds(lm):
     texts = [PROMPT, "Paris is the capital of France and its largest city."]
     result = steering.loss_recovered(lm, _sae(), HOOK, texts)
