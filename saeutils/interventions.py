@@ -130,10 +130,9 @@ class Facts:
                 seen["x"] = x[row, end].detach().float().cpu()
                 return x
 
-            # the vocabulary is most of a small model's work: only the last position goes through it
-            last = ("unembed.hook_in", lambda x, hook=None, row=row, end=end: x[row, end][:, None])
-            with torch.set_grad_enabled(gradient is not None), steering.edited(self.lm, [(self.hook, edit), last]):
-                out = self.lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True))[:, 0].float()
+            edits = [(self.hook, edit), steering.only((row, end))]
+            with torch.set_grad_enabled(gradient is not None), steering.edited(self.lm, edits):
+                out = self.lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True))[0].float()
             logits.append(out.detach().cpu())
             if gradient is not None:
                 a, b = (g[at : at + len(row)].to(out.device) for g in gradient)

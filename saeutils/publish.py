@@ -97,7 +97,7 @@ def speed_table() -> str:
         cells = (
             *at,
             f"{time * 1e3:,.{1 if time < 0.1 else 0}f}",
-            f"{floor:.2f}" if floor == floor else "",
+            f"{floor:.2f}" if pd.notna(floor) else "",
             ratios,
             used,
         )

@@ -197,13 +197,16 @@ def continued(lm: TransformerBridge, ids: Tensor, tokens: int, temperature: floa
     return torch.cat(made, dim=1)
 
 
+def only(at: Tensor | tuple[Tensor, ...]) -> Edit:
+    """Send nothing but rows ``at`` through the vocabulary, most of a small model's work: logits [1, n, vocabulary]."""
+    return "unembed.hook_in", lambda x, hook=None: x[at][None]
+
+
 def _nll(lm: TransformerBridge, ids: Tensor, wanted: Tensor, edits: Sequence[Edit] = ()) -> Tensor:
     """Cross-entropy (nats) of the tokens that follow positions ``wanted`` [batch, position − 1] of ``ids``, [n]."""
-    # the vocabulary is most of a small model's work: only these positions go through it, in parts that fit the cache
-    chosen = F.pad(wanted, (0, 1))
-    with edited(lm, [*edits, ("unembed.hook_in", lambda x, hook=None: x[chosen][None])]):
+    with edited(lm, [*edits, only(F.pad(wanted, (0, 1)))]):
         logits = lm(ids)[0]  # [n, vocabulary]
-    parts = zip(logits.split(32), ids[:, 1:][wanted].split(32))
+    parts = zip(logits.split(32), ids[:, 1:][wanted].split(32))  # float32 copies that fit the cache
     return torch.cat([F.cross_entropy(a.float(), target, reduction="none") for a, target in parts])
 
 

@@ -1,6 +1,9 @@
 """Shared by all tests: two threads, a headless backend, and real rows to train on."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from unittest.mock import patch
 
 import matplotlib
 import pytest
@@ -22,3 +25,17 @@ def rows() -> torch.Tensor:
     )
     x = acts.sample(16_000, "train")["x"]
     return (x - acts.mean) * acts.scale()
+
+
+@pytest.fixture(scope="session")
+def searched() -> Callable[[bool], AbstractContextManager]:
+    """``searched(bounded)``: SAEs are sparse at any density; bounded: and at any size where bfloat16 is quick, search."""
+    from saeutils import search, sparse
+
+    @contextmanager
+    def block(bounded: bool) -> Iterator[None]:
+        narrow, small = (0, 0) if bounded else (search.NARROW, search.SMALL)
+        with patch.object(sparse, "DENSE_ABOVE", 2.0), patch.multiple(search, NARROW=narrow, SMALL=small):
+            yield
+
+    return block

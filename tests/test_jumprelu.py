@@ -5,7 +5,6 @@ import io
 import sys
 import types
 import zipfile
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainStepInput
 
-from saeutils import archives, search, sparse
+from saeutils import archives
 from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
 from saeutils.training import train
 
@@ -48,11 +47,10 @@ def _close(a, b, tolerance=1e-5):
     d=st.integers(2, 24), n=st.integers(3, 60), batch=st.integers(1, 600), bandwidth=st.sampled_from([0.001, 0.1, 1.0]),
     shift=st.booleans(), seed=st.integers(0, 99), bounded=st.booleans(),
 )  # fmt: skip
-def test_sparse_pass_equals_dense_autograd(d, n, batch, bandwidth, shift, seed, bounded):
+def test_sparse_pass_equals_dense_autograd(d, n, batch, bandwidth, shift, seed, bounded, searched):
     sae = _sae(d, n, seed=seed, jumprelu_bandwidth=bandwidth, apply_b_dec_to_input=shift)
     x = torch.randn(batch, d)
-    sizes = {"NARROW": 0, "SMALL": 0} if bounded else {"NARROW": search.NARROW}
-    with patch.object(sparse, "DENSE_ABOVE", 2.0), patch.multiple(search, **sizes):
+    with searched(bounded):
         a, grads_a = _gradients(sae, x, SparseJumpReLUTrainingSAE.training_forward_pass)
     b, grads_b = _gradients(sae, x, JumpReLUTrainingSAE.training_forward_pass)
     assert _close(a.loss, b.loss)

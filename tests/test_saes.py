@@ -1,8 +1,5 @@
 """sparse_topk, sparse_batchtopk and sparse_standard against dense autograd and against SAELens' own."""
 
-from contextlib import contextmanager
-from unittest.mock import patch
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +11,6 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEC
 from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from saeutils import search, sparse
 from saeutils.saes import (
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
@@ -46,14 +42,6 @@ def _pair(d, n, k, seed=0, batch=False, **kw):
     return ours, theirs
 
 
-@contextmanager
-def _searched(bounded):
-    """Sparse at any density; ``bounded``: latents are searched for in bfloat16 at any size, where it is quick."""
-    sizes = {"NARROW": 0, "SMALL": 0} if bounded else {"NARROW": search.NARROW}
-    with patch.object(sparse, "DENSE_ABOVE", 2.0), patch.multiple(search, **sizes):
-        yield
-
-
 def _gradients(sae, x, dead=None, **coefficients):
     sae.zero_grad()
     step = TrainStepInput(
@@ -79,11 +67,11 @@ def _same_gradients(a, b):
     d=st.integers(2, 24), n=st.integers(3, 60), k=st.integers(1, 3), batch=st.integers(1, 300), n_dead=st.integers(0, 60),
     shift=st.booleans(), seed=st.integers(0, 99), bounded=st.booleans(),
 )  # fmt: skip
-def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed, bounded):
+def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed, bounded, searched):
     ours, theirs = _pair(d, n, k, seed, apply_b_dec_to_input=shift)
     x = torch.randn(batch, d)
     dead = torch.arange(n) < n_dead
-    with _searched(bounded):
+    with searched(bounded):
         a, grads_a = _gradients(ours, x, dead)
     b, grads_b = _gradients(theirs, x, dead)
     assert _close(a.loss, b.loss)
@@ -98,11 +86,11 @@ def test_gradients_equal_dense_autograd(d, n, k, batch, n_dead, shift, seed, bou
     bounded=st.booleans(),
 )  # fmt: skip
 def test_batchtopk_gradients_equal_dense_autograd_whatever_the_guess(
-    d, n, k, batch, n_dead, level, shift, seed, bounded
+    d, n, k, batch, n_dead, level, shift, seed, bounded, searched
 ):
     ours, theirs = _pair(d, n, k, seed, batch=True, apply_b_dec_to_input=shift)
     ours.level, x, dead = level, torch.randn(batch, d), torch.arange(n) < n_dead
-    with _searched(bounded):
+    with searched(bounded):
         a, grads_a = _gradients(ours, x, dead)
     b, grads_b = _gradients(theirs, x, dead)
     assert _close(a.loss, b.loss) and _close(a.feature_acts.to_dense(), b.feature_acts)
@@ -115,7 +103,7 @@ def test_batchtopk_gradients_equal_dense_autograd_whatever_the_guess(
     d=st.integers(2, 24), n=st.integers(3, 60), batch=st.integers(1, 300), shift=st.booleans(), seed=st.integers(0, 99),
     bounded=st.booleans(),
 )  # fmt: skip
-def test_relu_gradients_equal_saelens(d, n, batch, shift, seed, bounded):
+def test_relu_gradients_equal_saelens(d, n, batch, shift, seed, bounded, searched):
     torch.manual_seed(seed)
     settings_ = dict(d_in=d, d_sae=n, l1_coefficient=0.3, apply_b_dec_to_input=shift)
     ours = SparseStandardTrainingSAE(SparseStandardTrainingSAEConfig(**settings_))
@@ -125,7 +113,7 @@ def test_relu_gradients_equal_saelens(d, n, batch, shift, seed, bounded):
         for name in PARAMETERS:
             getattr(theirs, name).copy_(getattr(ours, name))
     x = torch.randn(batch, d)
-    with _searched(bounded):
+    with searched(bounded):
         a, grads_a = _gradients(ours, x, l1=0.3)
     b, grads_b = _gradients(theirs, x, l1=0.3)
     assert _close(a.loss, b.loss) and _close(a.feature_acts.to_dense(), b.feature_acts)
