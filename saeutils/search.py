@@ -62,15 +62,15 @@ def _dense(x: Tensor, W: Tensor, bias: Tensor, floor: Tensor, k: int | None) -> 
             value = pre[i, j]
         else:
             value, j = (t.flatten() for t in pre.topk(k, dim=1, sorted=False))
-            i = torch.arange(len(part), device=x.device).repeat_interleave(k)[value > 0]
-            value, j = value[value > 0], j[value > 0]
+            kept = (value > 0).nonzero()[:, 0]
+            i, j, value = kept // k, j[kept], value[kept]
         yield at + i, j, value
 
 
 def _bounded(
     x: Tensor, W: Tensor, bias: Tensor, floor: Tensor, k: int | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """With x̂, ŵ rounded to bfloat16, x·w ≤ x̂·ŵ + ‖x‖·E, E = max‖x − x̂‖/‖x‖·‖ŵ‖ + ‖w − ŵ‖ + γ‖w‖ (γ: sums in float32).
+    """With x̂, ŵ rounded to bfloat16, x·w ≤ x̂·ŵ + ‖x‖·E, E = λ‖ŵ‖ + ‖w − ŵ‖ + γ‖w‖ (λ = max‖x − x̂‖/‖x‖, γ: sums in float32).
 
     Bias less floor and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair.
     """
@@ -81,9 +81,9 @@ def _bounded(
     for at in range(0, len(W), ROWS):
         w = W[at : at + ROWS]
         Wl[at : at + ROWS, :-2] = w
-        rounded = Wl[at : at + ROWS, :-2].float()
-        sums = x.shape[1] * 2.0**-23 * w.norm(dim=1)
-        error[at : at + ROWS] = (w - rounded).norm(dim=1) + lost * rounded.norm(dim=1) + sums
+        off = (w - Wl[at : at + ROWS, :-2]).norm(dim=1)
+        # ‖ŵ‖ ≤ ‖w‖ + ‖w − ŵ‖
+        error[at : at + ROWS] = (1 + lost) * off + (lost + x.shape[1] * 2.0**-23) * w.norm(dim=1)
     over = bias - floor
     Wl[:, -2], Wl[:, -1] = _up(over), _up(error.clamp_min(1e-18))
     low = torch.cat([low, torch.ones_like(low[:, :1]), _up(norms)[:, None]], dim=1)  # [batch, d + 2]
