@@ -32,7 +32,7 @@ def transposed(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Callable[
 
 def _order(column: Tensor, d_sae: int) -> Tensor:
     """Stable ``argsort``; short integers are sorted by radix, three to ten times as fast."""
-    if column.is_cuda or d_sae > 2**16:
+    if column.device.type != "cpu" or d_sae > 2**16:
         return column.int().argsort(stable=True)
     return torch.from_numpy(column.numpy().astype(np.uint16).argsort(kind="stable"))
 
