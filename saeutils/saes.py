@@ -133,10 +133,13 @@ def aux_loss(sae: TrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | None, 
     """:func:`aux_k_loss` of ``sae``'s dead latents (mask [d_sae]) on x [batch, d_in], times ``coefficient``."""
     if dead is None or not coefficient or not (n_dead := int(dead.sum())):
         return x.new_zeros(())
-    columns = dead.nonzero()[:, 0]
-    sae_in = x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x
-    pre = sae_in @ sae.W_enc[:, columns] + sae.b_enc[columns]  # [batch, n_dead]
-    return coefficient * aux_k_loss(pre, sae.W_dec[columns], (x - sae_out).detach(), n_dead)
+    # gathered as rows, which is how W_enc lies: gradients of columns would be scattered number by number
+    W_enc, b_enc, W_dec = (t.index_select(0, dead.nonzero()[:, 0]) for t in (sae.W_enc.T, sae.b_enc, sae.W_dec))
+    shift = sae.b_dec if sae.cfg.apply_b_dec_to_input else torch.zeros_like(sae.b_dec)
+    pre = torch.addmm(b_enc, x - shift.detach(), W_enc.T)  # [batch, n_dead]
+    # adds nothing, and gives b_dec its gradient without a product of the whole batch
+    pre = pre + (shift.detach() - shift) @ W_enc.detach().T
+    return coefficient * aux_k_loss(pre, W_dec, (x - sae_out).detach(), n_dead)
 
 
 @dataclass
