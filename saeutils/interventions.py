@@ -145,10 +145,9 @@ class Facts:
     def pairs(self, attribute: str, n: int, seed: int) -> tuple[Tensor, Tensor]:
         """``n`` random (base, source) entities that differ in ``attribute``, [n] each."""
         rng, answer = np.random.default_rng(seed), self.answer[attribute]
-        found = [(b, s) for b in range(self.known) for s in range(self.known) if answer[b] != answer[s]]
-        chosen = rng.permutation(len(found))[:n]
-        base, source = zip(*(found[i] for i in chosen))
-        return torch.tensor(base), torch.tensor(source)
+        found = (answer[:, None] != answer).nonzero()  # [pairs, 2]
+        base, source = found[torch.from_numpy(rng.permutation(len(found))[:n])].unbind(1)
+        return base, source
 
     def gradients(self, n: int, seed: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """For each attribute n training pairs and ∂(logit source − logit base)/∂(base state): (base, source, [n, d])."""
