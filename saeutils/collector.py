@@ -62,12 +62,12 @@ def hooked_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
 def windows_of(text: Dataset, tokenizer, context: int, seed: int) -> Iterator[tuple[int, int, list[int]]]:
     """(document, start, tokens without BOS) of windows of at most ``context`` tokens with it, documents in random order.
 
-    Documents are tokenised a thousand at a time, as they are asked for.
+    Documents are tokenised a hundred at a time, as they are asked for.
     """
     order = np.random.default_rng(seed).permutation(len(text)).tolist()
     body = context - (tokenizer.bos_token_id is not None)
-    for at in range(0, len(order), 1000):
-        chunk = order[at : at + 1000]
+    for at in range(0, len(order), 100):
+        chunk = order[at : at + 100]
         texts = text.select(chunk)["text"]
         for doc, ids in zip(chunk, tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]):
             for start in range(0, len(ids), body):
