@@ -4,7 +4,7 @@ import ctypes
 import platform
 from functools import cache
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 @cache
@@ -18,4 +18,5 @@ def reuse() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_ARENA_MAX, 1)  # threads share the heap: their own would give freed memory back
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -5,14 +5,18 @@ is cheap, and only what may pass is computed in float32: the outcome is that of 
 of its sums (1e-7) and for ties.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+TILE = 64  # numbers in a row of bfloat16: multiples are multiplied half as quickly again
 ROWS = 256  # vectors looked at together: their products stay in the processor's cache
 GPU_BLOCK = 2**28  # products held at a time on a GPU: 1 GiB
 NARROW, SMALL = 256, 2**28  # width and multiplications under which float32 is as quick
@@ -72,68 +76,104 @@ def _bounded(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """With x̂, ŵ rounded to bfloat16, x·w ≤ x̂·ŵ + ‖x‖·E, E = λ‖ŵ‖ + ‖w − ŵ‖ + γ‖w‖ (λ = max‖x − x̂‖/‖x‖, γ: sums in float32).
 
-    Bias less floor and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair.
+    Bias less floor and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair (zeros fill the rest of a tile).
     """
     low, norms = x.bfloat16(), x.norm(dim=1).clamp_min(1e-15)  # [batch]; squares below 1e-38 are lost
     lost = float(((x - low.float()).norm(dim=1) / norms).max())
-    Wl = torch.empty(len(W), W.shape[1] + 2, dtype=torch.bfloat16)
+    d = W.shape[1]
+    Wl = torch.zeros(len(W), d + 2 + -(d + 2) % TILE, dtype=torch.bfloat16)
     error = torch.empty(len(W))
     for at in range(0, len(W), ROWS):
         w = W[at : at + ROWS]
-        Wl[at : at + ROWS, :-2] = w
-        off = (w - Wl[at : at + ROWS, :-2]).norm(dim=1)
+        Wl[at : at + ROWS, :d] = w
+        off = (w - Wl[at : at + ROWS, :d]).norm(dim=1)
         # ‖ŵ‖ ≤ ‖w‖ + ‖w − ŵ‖
-        error[at : at + ROWS] = (1 + lost) * off + (lost + x.shape[1] * 2.0**-23) * w.norm(dim=1)
+        error[at : at + ROWS] = (1 + lost) * off + (lost + d * 2.0**-23) * w.norm(dim=1)
     over = bias - floor
-    Wl[:, -2], Wl[:, -1] = _up(over), _up(error.clamp_min(1e-18))
-    low = torch.cat([low, torch.ones_like(low[:, :1]), _up(norms)[:, None]], dim=1)  # [batch, d + 2]
-    slack = 2 * (1 + UP) * (norms * float(Wl[:, -1].max()) + float((Wl[:, -2].float() - over).max()))  # [batch]
-    buffer = torch.empty(min(ROWS, len(x)), len(W), dtype=torch.bfloat16)
-    for at in range(0, len(x), ROWS):
-        part = low[at : at + ROWS]
-        # positive bfloat16 are in order as integers, which numpy partitions and compares many at a time
-        bound = torch.mm(part, Wl.T, out=buffer[: len(part)]).view(torch.int16).numpy()
+    Wl[:, d], Wl[:, d + 1] = _up(over), _up(error.clamp_min(1e-18))
+    low = F.pad(torch.cat([low, torch.ones_like(low[:, :1]), _up(norms)[:, None]], dim=1), (0, -(d + 2) % TILE))
+    slack = 2 * (1 + UP) * (norms * float(Wl[:, d + 1].max()) + float((Wl[:, d].float() - over).max()))  # [batch]
+    kept, level = threading.local(), floor.detach().numpy()  # kept by each thread: memory for the bounds
 
-        def value(i: Tensor, j: Tensor, at: int = at) -> Tensor:
-            return dots(x, W, i + at, j) + bias[j]
+    def block(at: int) -> tuple[Tensor, Tensor, Tensor]:
+        part = low[at : at + ROWS]
+        if not hasattr(kept, "buffer"):
+            kept.buffer = torch.empty(len(part), len(W), dtype=torch.bfloat16)
+        # positive bfloat16 are in order as integers, which numpy partitions and compares many at a time
+        bound = torch.mm(part, Wl.T, out=kept.buffer[: len(part)]).view(torch.int16).numpy()
+
+        def value(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+            i, j = torch.from_numpy(i), torch.from_numpy(j)
+            return (dots(x, W, i + at, j) + bias[j]).numpy()
 
         if k is None:
-            i, j = _pairs(np.flatnonzero(bound > 0), len(W))
+            i, j = np.divmod(np.flatnonzero(bound > 0), len(W))
             values = value(i, j)
-            above = values > floor[j]
-            i, j, values = i[above], j[above], values[above]
+            above = values > level[j]
+            found = i[above], j[above], values[above]
         else:
-            i, j, values = _largest(bound, k, slack[at : at + ROWS], value)
-        yield at + i, j, values
+            found = _largest(bound, k, slack[at : at + ROWS], value)
+        i, j, values = map(torch.from_numpy, found)
+        return at + i, j, values
+
+    yield from _side_by_side(block, range(0, len(x), ROWS))
 
 
-def _largest(bound: np.ndarray, k: int, slack: Tensor, value: Callable) -> tuple[Tensor, Tensor, Tensor]:
+def _side_by_side(block: Callable[[int], tuple[Tensor, ...]], starts: Sequence[int]) -> Iterator[tuple[Tensor, ...]]:
+    """``map``, a thread a block with its share of PyTorch's: numpy works with one, and PyTorch waits for all after each part."""
+    threads = torch.get_num_threads()
+    # PyTorch's own threads wait actively for a while, in the way of these: not for a short search
+    workers = min(threads, len(starts) // 4)
+    if workers < 2:
+        yield from map(block, starts)
+        return
+    try:
+        yield from _pool(workers, threads // workers).map(torch.no_grad()(block), starts)
+    finally:
+        torch.set_num_threads(threads)  # of threads yet to come
+
+
+@cache
+def _pool(workers: int, each: int) -> ThreadPoolExecutor:
+    """Kept: a thread's first product of bfloat16 takes milliseconds."""
+    return ThreadPoolExecutor(workers, "search", torch.set_num_threads, (each,))
+
+
+def _largest(bound: np.ndarray, k: int, slack: Tensor, value: Callable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The ``k`` largest positive values of each row, given upper bounds [rows, n] and what they exceed values by at most.
 
     First those with the k largest bounds are computed; others only where their bound exceeds the least of these.
     """
-    n = bound.shape[1]
+    rows, n = bound.shape
     kth = np.partition(bound, n - k, axis=1)[:, n - k].clip(0)
     least = (_float(kth) * (1 - UP) - slack).clamp_min(0) * (1 - UP)  # of the k largest values
     flat = np.flatnonzero(bound > least.bfloat16().view(torch.int16).numpy()[:, None])
-    (i, j), bound = _pairs(flat, n), bound.ravel()[flat]
-    first = torch.from_numpy(bound >= kth[i.numpy()])
-    place = torch.arange(len(i)) - torch.searchsorted(i, i)  # among its row's
-    width = max(k, int(place.max()) + 1 if len(i) else 0)
-    table = torch.full((len(kth), width), -torch.inf)  # [rows, candidates]
-    table[i[first], place[first]] = value(i[first], j[first])
-    least = table.topk(k, dim=1, sorted=False).values.amin(1)
-    others = ~first & (_float(bound) * (1 + UP) > least[i])
-    table[i[others], place[others]] = value(i[others], j[others])
-    kept = torch.zeros_like(table, dtype=torch.bool).scatter_(1, table.topk(k, dim=1, sorted=False).indices, True)
-    values = table[i, place]
-    chosen = kept[i, place] & (values > 0)
-    return i[chosen], j[chosen], values[chosen]
-
-
-def _pairs(flat: np.ndarray, n: int) -> tuple[Tensor, Tensor]:
     i, j = np.divmod(flat, n)
-    return torch.from_numpy(i), torch.from_numpy(j)
+    bound = bound.ravel()[flat]
+    first, values = bound >= kth[i], np.empty(len(i), np.float32)
+    at = np.flatnonzero(first)
+    values[at] = value(i[at], j[at])
+    per_row = np.bincount(i[at], minlength=rows)
+    least = np.zeros(rows, np.float32)
+    if len(at):
+        begin = (per_row.cumsum() - per_row)[per_row > 0]
+        least[per_row > 0] = np.minimum.reduceat(values[at], begin)
+    least[per_row < k] = 0  # all that are positive pass
+    other = ~first & (_float(bound).numpy() * (1 + UP) > least[i])
+    at = np.flatnonzero(other)
+    values[at] = value(i[at], j[at])
+    at = np.flatnonzero(first | other)
+    i, j, values = i[at], j[at], values[at]
+    per_row = np.bincount(i, minlength=rows)
+    place = np.arange(len(i)) - (per_row.cumsum() - per_row)[i]  # among its row's
+    table = np.full((rows, max(k, per_row.max())), -np.inf, np.float32)  # [rows, candidates]
+    column = np.zeros(table.shape, np.int64)
+    table[i, place], column[i, place] = values, j
+    if (more := table.shape[1] - k) > 0:
+        largest = np.argpartition(table, more, axis=1)[:, more:]  # [rows, k]
+        table, column = (np.take_along_axis(t, largest, axis=1) for t in (table, column))
+    kept = table > 0
+    return kept.nonzero()[0], column[kept], table[kept]
 
 
 def _up(t: Tensor) -> Tensor:

@@ -49,6 +49,21 @@ def test_bounded_equals_dense(batch, n, d, seed, spread, k, shift, size, floors)
         assert not (apart & ~edge).any()
 
 
+@pytest.mark.parametrize("k", [None, 5])
+def test_threads_find_what_one_finds(k):
+    x, W, bias = problem(8 * search.ROWS + 77, 60, 40, 0, 1.0)
+    outcomes, threads = [], torch.get_num_threads()
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        with torch.no_grad():  # as in a forward pass; threads have modes of their own
+            blocks = list(search._bounded(x, W.requires_grad_(), bias, torch.zeros(60), k))
+        outcomes.append([torch.cat(p) for p in zip(*blocks)])
+        assert torch.get_num_threads() == n
+    torch.set_num_threads(threads)
+    for one, two in zip(*outcomes):
+        assert torch.equal(one, two) and not two.requires_grad
+
+
 def test_what_is_not_finite_is_searched_densely():
     x, W, bias = problem(600, 80, 40, 0, 0.0)
     assert search._worthwhile(x.repeat(40, 8), W.repeat(40, 8), bias) == search.quick_bfloat16()
