@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 64  # numbers in a row of bfloat16: multiples are multiplied half as quickly again
+TILE = 64  # rows of bfloat16 are filled up to a multiple of this: their product then takes two thirds of the time
 ROWS = 256  # vectors looked at together: their products stay in the processor's cache
 GPU_BLOCK = 2**28  # products held at a time on a GPU: 1 GiB
 NARROW, SMALL = 256, 2**28  # width and multiplications under which float32 is as quick
@@ -76,7 +76,8 @@ def _bounded(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """With x̂, ŵ rounded to bfloat16, x·w ≤ x̂·ŵ + ‖x‖·E, E = λ‖ŵ‖ + ‖w − ŵ‖ + γ‖w‖ (λ = max‖x − x̂‖/‖x‖, γ: sums in float32).
 
-    Bias less floor and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair (zeros fill the rest of a tile).
+    Bias less floor and ‖x‖·E ride along as two more columns, so one product gives the bound of every pair; zeros fill the
+    rest of a tile.
     """
     low, norms = x.bfloat16(), x.norm(dim=1).clamp_min(1e-15)  # [batch]; squares below 1e-38 are lost
     lost = float(((x - low.float()).norm(dim=1) / norms).max())
