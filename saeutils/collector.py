@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from saeutils import memory, models
+from saeutils import memory, models, scales
 
 HOOKS = ("hook_resid_post", "hook_mlp_out")
-SHARD_TOKENS = 65_536
+SHARD_TOKENS = scales.caps().get("shard_tokens", 65_536)  # fewer in a rehearsal
 
 
 class _Reached(Exception):

@@ -113,7 +113,8 @@ def language_tendency(texts: Sequence[Text] | Sequence[Sequence[Text]], share: f
     wins, ``mixed`` where none does (``other`` for further scripts).
 
     Args:
-        texts: one latent's texts, each a list of (token, activation); or a list of latents, for a list of answers.
+        texts: one latent's texts, each a list of (token, activation); or a list of latents, or their :func:`signals`
+            [latents, signals], for a list of answers.
 
     Raises:
         ValueError: a latent has no text with a positive activation.
@@ -137,7 +138,7 @@ def nested(texts: Sequence) -> bool:
     return depth > 3
 
 
-def granularity(texts: Sequence[Text] | Sequence[Sequence[Text]]) -> str | list[str]:
+def granularity(texts: Sequence[Text] | Sequence[Sequence[Text]] | np.ndarray) -> str | list[str]:
     """``token``, ``synonym``, ``semantic`` or ``unrelated``: what a latent's peaks have in common (seed 000, section 4.2).
 
     ``token``: the same token; ``synonym``: one meaning (猫, ネコ, cat); ``semantic``: a shared topic, kind or role (猫, 犬);
@@ -145,14 +146,16 @@ def granularity(texts: Sequence[Text] | Sequence[Sequence[Text]]) -> str | list[
     (``data/granularity.json``; notebook 04 refits it and reports the agreement on labels it has not seen).
 
     Args:
-        texts: one latent's texts, each a list of (token, activation); or a list of latents, for a list of answers.
+        texts: one latent's texts, each a list of (token, activation); or a list of latents, or their :func:`signals`
+            [latents, signals], for a list of answers.
 
     Raises:
         ValueError: a latent has fewer than two texts with a positive activation.
     """
-    if not nested(texts):
+    known = isinstance(texts, np.ndarray)
+    if not known and not nested(texts):
         return granularity([texts])[0]
-    x, model = signals(texts), _model()  # [latents, signals]
+    x, model = texts if known else signals(texts), _model()
     x = (x - np.array(model["mean"])) / np.array(model["scale"])
     scores = x @ np.array(model["weights"]).T + np.array(model["bias"])
     return [model["classes"][i] for i in scores.argmax(1)]

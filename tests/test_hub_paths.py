@@ -1,18 +1,21 @@
 """Every notebook's colab and paper paths, from the first cell to the last, against the stand-in hub."""
 
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hub
 import pytest
 
-from saeutils import archives
+from saeutils import archives, models
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+SCALES = ("colab", "paper")
 CAP = (
-    "tokens=12000,docs=120,sentences=120,steps=20,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,batch=128,"
+    "shard_tokens=6000,tokens=12000,docs=120,sentences=120,steps=20,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
     "l0=20,l0s=2,l0_warm_up=3,per_class=20,per_cell=12,per_topic=8,words=300,cities=20,pairs=4,judged=10,windows=30,loss_docs=3,"
     "sae_steps=8,read=80,top=10,graded=8,stored=100,"
     "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
@@ -35,12 +38,16 @@ def endpoint(stand_in):
         yield address
 
 
-@pytest.fixture
-def on_the_hub(endpoint, tmp_path):
-    """Environment of a machine that reaches a hub: an empty HF cache, no token, no other setting changed."""
+def _environment(endpoint: str, folder: Path) -> dict[str, str]:
+    """That of a machine that reaches a hub: an empty HF cache, no token, no other setting changed."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     cache = {"SAEUTILS_CACHE": str(archives.cache_dir())}
-    return {**kept, **cache, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    return {**kept, **cache, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+
+
+@pytest.fixture
+def on_the_hub(endpoint, tmp_path):
+    return _environment(endpoint, tmp_path)
 
 
 RUN = """
@@ -51,15 +58,39 @@ NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"
 """
 
 
-@pytest.mark.parametrize("scale", ["colab", "paper"])
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_runs_on_the_hub(path, scale, on_the_hub, stand_in):
-    env = {**on_the_hub, "SAEUTILS_SCALE": scale, "SAEUTILS_CAP": CAP}
-    if scale == "paper":  # LLM-jp's checkpoints are on no hub: they come as folders
-        env["SAEUTILS_CHECKPOINTS"] = str(stand_in / "llm-jp-3-1.8b")
-    run = subprocess.run(
+def _rehearse(path: Path, scale: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    env = {**env, "SAEUTILS_SCALE": scale, "SAEUTILS_CAP": CAP, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
         [sys.executable, "-c", RUN, str(path), str(path.parent)], env=env, capture_output=True, text=True
     )
+
+
+@pytest.fixture(scope="session")
+def rehearsals(request, endpoint, stand_in, tmp_path_factory):
+    """{(notebook, scale): future}. The scales run beside each other, a thread each: such small models keep one busy.
+
+    Each has a cache of its own, in which only archives and the embedded model lie at first.
+    """
+    asked = [i.callspec.params for i in request.session.items if i.name.startswith("test_notebook_runs_on_the_hub[")]
+    asked, pools, running = [(a["path"], a["scale"]) for a in asked], {}, {}
+    for scale in SCALES:
+        folder = tmp_path_factory.mktemp(scale)
+        env = {**_environment(endpoint, folder), "SAEUTILS_CACHE": str(folder)}
+        for there in (Path(models.local_dir("gemma-3-270m")), archives.cache_dir("archives")):
+            shutil.copytree(there, folder / there.relative_to(archives.cache_dir()), copy_function=os.symlink)
+        if scale == "paper":  # LLM-jp's checkpoints are on no hub: they come as folders
+            env["SAEUTILS_CHECKPOINTS"] = str(stand_in / "llm-jp-3-1.8b")
+        pools[scale] = ThreadPoolExecutor(1)
+        running |= {(path, s): pools[s].submit(_rehearse, path, s, env) for path, s in asked if s == scale}
+    yield running
+    for pool in pools.values():
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("scale", SCALES)
+def test_notebook_runs_on_the_hub(path, scale, rehearsals):
+    run = rehearsals[path, scale].result()
     assert run.returncode == 0, run.stderr[-3000:]
 
 

@@ -100,6 +100,7 @@ NOTHING = [_text("!▁of", "▁the", "▁law"), _text("昨日", "!経済", "が"
 )
 def test_granularity(texts, expected):
     assert language.granularity(texts) == expected
+    assert language.granularity(language.signals([texts])) == [expected]
 
 
 def test_signals_of_extremes():

@@ -96,12 +96,11 @@ def test_generation_counts_positions_across_the_cache(lm):
     assert steering.generate(lm, [prompt], [edit], tokens=2)[0][0] == two
 
 
-def test_greedy_equals_the_bridge_and_sampling_follows_the_distribution(lm):
-    ids = lm.to_tokens(PROMPT)
-    expected = lm.generate(
-        ids, max_new_tokens=6, do_sample=False, stop_at_eos=False, return_type="tokens", verbose=False
-    )
-    assert steering.generate(lm, [PROMPT], tokens=6)[0][0] == lm.tokenizer.decode(expected[0, ids.shape[1] :])
+def test_greedy_equals_uncached_passes_and_sampling_follows_the_distribution(lm):
+    whole = ids = lm.to_tokens(PROMPT)
+    for _ in range(6):  # the bridge's own generate shares our cache, and its faults
+        whole = torch.cat([whole, lm(whole)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(steering.continued(lm, ids, 6), whole[:, ids.shape[1] :])
     with torch.no_grad():
         p = (lm(ids)[0, -1].float() / 0.7).softmax(-1)
         torch.manual_seed(0)
