@@ -20,7 +20,7 @@ from sae_lens.saes.sae import (
 )
 from torch import Tensor, nn
 
-from saeutils import initializers, sparse
+from saeutils import initializers, metrics, sparse
 from saeutils.saes import many_active
 
 
@@ -133,7 +133,7 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
             self.observe((pre + self.b_enc[column]) * (pre > 0), column)
             acts = sparse.coo(row, column, pre, (len(x), self.cfg.d_sae))
         self.seen += len(x)
-        mse = (out - x).pow(2).sum(-1).mean()
+        mse = metrics.squared_error(out, x)
         return TrainStepOutput(x, out, acts, pre, mse / 2, {"mse_loss": mse})
 
     @torch.no_grad()

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import Tensor
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
+
+
+def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
+    """Mean of ‖x̂ − x‖² over rows [n, d]; one pass over memory where powers and sums of the difference take three."""
+    return F.mse_loss(reconstruction, x, reduction="sum") / len(x)
 
 
 def fvu(x: Tensor, reconstruction: Tensor) -> float:

@@ -17,7 +17,7 @@ from sae_lens.saes.standard_sae import StandardSAEConfig, StandardTrainingSAE, S
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
-from saeutils import sparse
+from saeutils import metrics, sparse
 
 
 class _RowsAsTheyAre:
@@ -108,7 +108,7 @@ class SparseTopKTrainingSAE(_Sparse, TopKTrainingSAE):
         """As in SAELens; ``feature_acts`` is a sparse COO tensor, ``hidden_pre`` its values."""
         x = step_input.sae_in.to(self.dtype)
         sae_out, _, values, acts = self.sparse_forward(x, k=self.cfg.k)
-        mse = (sae_out - x).pow(2).sum(-1).mean()
+        mse = metrics.squared_error(sae_out, x)
         aux = aux_loss(self, x, sae_out, step_input.dead_neuron_mask, self.cfg.aux_loss_coefficient)
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
         return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)
@@ -130,8 +130,8 @@ def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor, n_dead: int) -> Ten
             least = torch.from_numpy(np.partition(pre.detach().numpy(), at, axis=1)[:, at : at + 1])
         else:
             least = pre.detach().kthvalue(at + 1, dim=1, keepdim=True).values
-        pre = pre.masked_fill(pre < least, 0)
-    return weight * (pre @ W_dec - residual).pow(2).sum(-1).mean()
+        pre = pre * (pre >= least)
+    return weight * metrics.squared_error(pre @ W_dec, residual)
 
 
 def aux_loss(sae: TrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | None, coefficient: float) -> Tensor:
@@ -141,9 +141,9 @@ def aux_loss(sae: TrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | None, 
     # gathered as rows, which is how W_enc lies: gradients of columns would be scattered number by number
     W_enc, b_enc, W_dec = (t.index_select(0, dead.nonzero()[:, 0]) for t in (sae.W_enc.T, sae.b_enc, sae.W_dec))
     shift = sae.b_dec if sae.cfg.apply_b_dec_to_input else torch.zeros_like(sae.b_dec)
-    pre = torch.addmm(b_enc, x - shift.detach(), W_enc.T)  # [batch, n_dead]
     # adds nothing, and gives b_dec its gradient without a product of the whole batch
-    pre = pre + (shift.detach() - shift) @ W_enc.detach().T
+    b_enc = b_enc + (shift.detach() - shift) @ W_enc.detach().T
+    pre = torch.addmm(b_enc, x - shift.detach(), W_enc.T)  # [batch, n_dead]
     return coefficient * aux_k_loss(pre, W_dec, (x - sae_out).detach(), n_dead)
 
 
@@ -177,12 +177,12 @@ class SparseBatchTopKTrainingSAE(_Sparse, BatchTopKTrainingSAE):
                 break
         values = values.detach()
         self.level = float(values.min()) if len(values) else 0.0
-        mse = (sae_out - x).pow(2).sum(-1).mean()
+        mse = metrics.squared_error(sae_out, x)
         aux = aux_loss(self, x, sae_out, step_input.dead_neuron_mask, self.cfg.aux_loss_coefficient)
         self.update_topk_threshold(values)
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
-        metrics = {"topk_threshold": self.topk_threshold}
-        return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses, metrics)
+        shown = {"topk_threshold": self.topk_threshold}
+        return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses, shown)
 
     @torch.no_grad()
     def _first_guess(self, x: Tensor) -> float:
@@ -232,7 +232,7 @@ class SparseJumpReLUTrainingSAE(_Sparse, JumpReLUTrainingSAE):
         if many_active(self, x):
             return super().training_forward_pass(step_input)
         sae_out, l0, values, acts = self.sparse_forward(x, self.threshold, cfg.jumprelu_bandwidth)
-        losses = {"mse_loss": (sae_out - x).pow(2).sum(-1).mean(), "l0_loss": self._l0_loss(l0, step_input)}
+        losses = {"mse_loss": metrics.squared_error(sae_out, x), "l0_loss": self._l0_loss(l0, step_input)}
         return TrainStepOutput(x, sae_out, acts, values, sum(losses.values()), losses)
 
     def calculate_aux_loss(
@@ -275,7 +275,7 @@ class SparseStandardTrainingSAE(_Sparse, StandardTrainingSAE):
         if self.dense_only or many_active(self, x):
             return super().training_forward_pass(step_input)
         sae_out, _, values, acts = self.sparse_forward(x)
-        losses = {"mse_loss": (sae_out - x).pow(2).sum(-1).mean()}
+        losses = {"mse_loss": metrics.squared_error(sae_out, x)}
         losses |= self.sparse_losses(step_input, values, *acts._indices())
         return TrainStepOutput(x, sae_out, acts, values, sum(losses.values()), losses)
 

@@ -18,6 +18,7 @@ from saeutils.saes import (
     SparseStandardTrainingSAEConfig,
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
+    aux_loss,
 )
 from saeutils.training import _Options, _Trainer
 
@@ -126,6 +127,23 @@ def test_relu_is_saved_as_an_ordinary_standard_sae(tmp_path, rows):
     sae.save_inference_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)
     assert loaded.cfg.architecture() == "standard" and torch.equal(loaded(rows[:64]), sae(rows[:64]))
+
+
+@pytest.mark.parametrize("n_dead", [1, 320, 321, 700])  # of 640 / 2 = 320 that count
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auxiliary_loss_of_few_and_many_dead_equals_saelens(rows, n_dead, dtype):
+    ours, theirs = _pair(640, 1024, 16, aux_loss_coefficient=1.0)
+    x, dead = rows[:200].to(dtype), torch.arange(1024) < n_dead
+    out, grads = x * 0.5, []
+    for sae in (ours.to(dtype), theirs.to(dtype)):
+        if sae is ours:
+            loss = aux_loss(sae, x, out, dead, 1.0)
+        else:
+            pre = sae.encode_with_hidden_pre(x)[1]
+            loss = sae.calculate_topk_aux_loss(x, out, pre, dead)
+        loss.backward()
+        grads.append((loss, *(getattr(sae, name).grad for name in ("W_enc", "b_enc", "W_dec"))))
+    assert all(_close(a, b) for a, b in zip(*grads))
 
 
 @pytest.mark.parametrize("batch", [False, True])
