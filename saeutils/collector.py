@@ -164,8 +164,9 @@ class Collector:
 
         BOS is dropped, and so is every row whose norm exceeds ``outlier`` times the pool's median (attention sinks).
         """
-        parts: dict[str, list[Tensor]] = {"x": [], "norm": [], "token": [], "doc": [], "position": []}
-        bos = int(self.tokenizer.bos_token_id is not None)
+        pool, bos = list(pool), int(self.tokenizer.bos_token_id is not None)
+        parts: dict[str, list[Tensor]] = {"norm": [], "token": [], "doc": [], "position": []}
+        x, filled = None, 0
         for batch in _batches(pool, windows, self.batch_tokens):
             length = torch.tensor([len(windows.tokens[i]) for i in batch])
             ids = torch.zeros(len(batch), int(length.max()), dtype=torch.long)
@@ -173,17 +174,22 @@ class Collector:
                 ids[row, : length[row]] = torch.tensor(windows.tokens[i])
             place = torch.arange(ids.shape[1]).expand_as(ids)
             keep = (place >= bos) & (place < length[:, None])  # [batch, position]
-            parts["x"].append(self.forward(ids).cpu()[keep])
-            parts["norm"].append(parts["x"][-1].float().norm(dim=-1))  # here, while the rows are in the cache
+            reached = self.forward(ids).cpu().flatten(0, 1)  # [batch · position, d]
+            if x is None:  # filled part by part: gathering parts and joining them would copy all rows twice
+                x = reached.new_empty(sum(len(windows.tokens[i]) - bos for i in pool), reached.shape[1])
+            part = x[filled : filled + int(keep.sum())]
+            torch.index_select(reached, 0, keep.flatten().nonzero()[:, 0], out=part)
+            filled += len(part)
+            parts["norm"].append(part.float().norm(dim=-1))  # here, while the rows are in the cache
             parts["token"].append(ids[keep].int())
             parts["doc"].append(torch.tensor([windows.doc[i] for i in batch])[:, None].expand_as(ids)[keep].int())
             start = torch.tensor([windows.start[i] for i in batch])[:, None]
             parts["position"].append((start + place - bos)[keep].int())
-        out = {name: torch.cat(tensors) for name, tensors in parts.items()}
+        out = {"x": x, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
         norms = out.pop("norm")
         if not torch.isfinite(norms).all():
             raise ValueError(
-                f"{self.hook} gave NaN or inf in {out['x'].dtype}: use dtype=torch.float32 (float16 overflows on Gemma)"
+                f"{self.hook} gave NaN or inf in {x.dtype}: use dtype=torch.float32 (float16 overflows on Gemma)"
             )
         fine = norms <= outlier * norms.median()
-        return {name: tensor[fine] for name, tensor in out.items()}
+        return out if fine.all() else {name: tensor[fine] for name, tensor in out.items()}
