@@ -113,8 +113,7 @@ def language_tendency(texts: Sequence[Text] | Sequence[Sequence[Text]], share: f
     wins, ``mixed`` where none does (``other`` for further scripts).
 
     Args:
-        texts: one latent's texts, each a list of (token, activation); or a list of latents, or their :func:`signals`
-            [latents, signals], for a list of answers.
+        texts: one latent's texts, each a list of (token, activation); or a list of latents, for a list of answers.
 
     Raises:
         ValueError: a latent has no text with a positive activation.

@@ -114,7 +114,7 @@ class SparseTopKTrainingSAE(_Sparse, TopKTrainingSAE):
         return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses)
 
 
-def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor, n_dead: int) -> Tensor:
+def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor) -> Tensor:
     """Auxiliary loss of dead latents (Gao et al. 2024, appendix A.2), weighted as SAELens does; what ties with the last counts.
 
     Args:
@@ -122,7 +122,7 @@ def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor, n_dead: int) -> Ten
         W_dec: their decoder rows, [n_dead, d_in].
         residual: x − x̂, detached, [batch, d_in].
     """
-    k_aux = residual.shape[1] // 2
+    n_dead, k_aux = len(W_dec), residual.shape[1] // 2
     weight = min(n_dead / k_aux, 1.0)
     if n_dead > k_aux:
         at = n_dead - k_aux
@@ -136,7 +136,7 @@ def aux_k_loss(pre: Tensor, W_dec: Tensor, residual: Tensor, n_dead: int) -> Ten
 
 def aux_loss(sae: TrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | None, coefficient: float) -> Tensor:
     """:func:`aux_k_loss` of ``sae``'s dead latents (mask [d_sae]) on x [batch, d_in], times ``coefficient``."""
-    if dead is None or not coefficient or not (n_dead := int(dead.sum())):
+    if dead is None or not coefficient or not dead.any():
         return x.new_zeros(())
     # gathered as rows, which is how W_enc lies: gradients of columns would be scattered number by number
     W_enc, b_enc, W_dec = (t.index_select(0, dead.nonzero()[:, 0]) for t in (sae.W_enc.T, sae.b_enc, sae.W_dec))
@@ -144,7 +144,7 @@ def aux_loss(sae: TrainingSAE, x: Tensor, sae_out: Tensor, dead: Tensor | None, 
     # adds nothing, and gives b_dec its gradient without a product of the whole batch
     b_enc = b_enc + (shift.detach() - shift) @ W_enc.detach().T
     pre = torch.addmm(b_enc, x - shift.detach(), W_enc.T)  # [batch, n_dead]
-    return coefficient * aux_k_loss(pre, W_dec, (x - sae_out).detach(), n_dead)
+    return coefficient * aux_k_loss(pre, W_dec, (x - sae_out).detach())
 
 
 @dataclass

@@ -38,16 +38,16 @@ def endpoint(stand_in):
         yield address
 
 
-def _environment(endpoint: str, folder: Path) -> dict[str, str]:
-    """That of a machine that reaches a hub: an empty HF cache, no token, no other setting changed."""
+def _environment(endpoint: str, folder: Path, cache: Path) -> dict[str, str]:
+    """That of a machine that reaches a hub: an empty HF cache in ``folder``, no token, no other setting changed."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    cache = {"SAEUTILS_CACHE": str(archives.cache_dir())}
-    return {**kept, **cache, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    reached = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    return {**kept, **reached, "SAEUTILS_CACHE": str(cache)}
 
 
 @pytest.fixture
 def on_the_hub(endpoint, tmp_path):
-    return _environment(endpoint, tmp_path)
+    return _environment(endpoint, tmp_path, archives.cache_dir())
 
 
 RUN = """
@@ -71,17 +71,19 @@ def rehearsals(request, endpoint, stand_in, tmp_path_factory):
 
     Each has a cache of its own, in which only archives and the embedded model lie at first.
     """
-    asked = [i.callspec.params for i in request.session.items if i.name.startswith("test_notebook_runs_on_the_hub[")]
-    asked, pools, running = [(a["path"], a["scale"]) for a in asked], {}, {}
+    pools = {scale: ThreadPoolExecutor(1) for scale in SCALES}
+    environments, running = {}, {}
     for scale in SCALES:
         folder = tmp_path_factory.mktemp(scale)
-        env = {**_environment(endpoint, folder), "SAEUTILS_CACHE": str(folder)}
+        environments[scale] = _environment(endpoint, folder, folder)
         for there in (Path(models.local_dir("gemma-3-270m")), archives.cache_dir("archives")):
             shutil.copytree(there, folder / there.relative_to(archives.cache_dir()), copy_function=os.symlink)
-        if scale == "paper":  # LLM-jp's checkpoints are on no hub: they come as folders
-            env["SAEUTILS_CHECKPOINTS"] = str(stand_in / "llm-jp-3-1.8b")
-        pools[scale] = ThreadPoolExecutor(1)
-        running |= {(path, s): pools[s].submit(_rehearse, path, s, env) for path, s in asked if s == scale}
+    # LLM-jp's checkpoints are on no hub: they come as folders
+    environments["paper"]["SAEUTILS_CHECKPOINTS"] = str(stand_in / "llm-jp-3-1.8b")
+    for item in request.session.items:  # what was asked for, in its order
+        if item.name.startswith("test_notebook_runs_on_the_hub["):
+            path, scale = item.callspec.params["path"], item.callspec.params["scale"]
+            running[path, scale] = pools[scale].submit(_rehearse, path, scale, environments[scale])
     yield running
     for pool in pools.values():
         pool.shutdown(cancel_futures=True)
