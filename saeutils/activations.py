@@ -106,6 +106,7 @@ class Activations:
         meta = self.folder / "meta.json"
         self.meta: dict = json.loads(meta.read_text()) if meta.exists() else {}
         self.d: int = self.meta.get("d", 0)
+        self._scales: dict[tuple[bool, str], float] = {}
 
     def damaged(self) -> set[str]:
         """Names of recorded shards that are missing or do not have their recorded SHA-256."""
@@ -160,14 +161,12 @@ class Activations:
         """Mean of (a sample of) the train rows, [d]."""
         return self.sample(50_000, "train")["x"].mean(0)
 
-    @cached_property
-    def _scales(self) -> dict[tuple[bool, str], float]:
-        x = self.sample(50_000, "train")["x"]
-        return {(c, n): _factor(x - c * self.mean, n) for c in (True, False) for n in ("scale", "rms")}
-
     def scale(self, centre: bool = True, normalise: str = "scale") -> float:
         """The factor by which ``batches`` multiplies train rows, centred or not: see its ``normalise``."""
-        return self._scales[centre, normalise]
+        if (asked := (centre, normalise)) not in self._scales:
+            x = self.sample(50_000, "train")["x"]
+            self._scales[asked] = _factor(x.sub_(self.mean) if centre else x, normalise)
+        return self._scales[asked]
 
     def batches(
         self,
@@ -274,9 +273,10 @@ def stream(
 
 
 def _factor(x: Tensor, normalise: str) -> float:
+    if normalise not in ("scale", "rms"):
+        return 1.0
     norms = x.norm(dim=-1)
-    factors = {"scale": x.shape[1] ** 0.5 / float(norms.mean()), "rms": 1 / float(norms.pow(2).mean().sqrt())}
-    return factors.get(normalise, 1.0)
+    return x.shape[1] ** 0.5 / float(norms.mean()) if normalise == "scale" else 1 / float(norms.pow(2).mean().sqrt())
 
 
 def _normalised(rows: Tensor, shift: Tensor, factor: float, normalise: str) -> Tensor:
