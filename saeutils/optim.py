@@ -41,12 +41,16 @@ def _turn(optimizer: torch.optim.Adam, weight: Parameter) -> None:
 @torch.no_grad()
 def remove_parallel_gradient(W_dec: Tensor) -> None:
     """Project each row's gradient onto the tangent of its unit sphere: g ← g − (g·w)w (Bricken et al. 2023)."""
-    for grad, row in zip(W_dec.grad.split(CHUNK), W_dec.split(CHUNK)):
+    for grad, row in zip(_chunks(W_dec.grad), _chunks(W_dec)):
         grad.sub_((grad * row).sum(1, keepdim=True) * row)
 
 
 @torch.no_grad()
 def normalise_rows(W_dec: Tensor) -> None:
     """Every row back to norm 1, in place."""
-    for row in W_dec.split(CHUNK):
+    for row in _chunks(W_dec):
         row.div_(row.norm(dim=1, keepdim=True).clamp_min(1e-8))
+
+
+def _chunks(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(CHUNK if rows.device.type == "cpu" else len(rows))  # a GPU waits for launches, not for memory
