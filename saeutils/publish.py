@@ -92,7 +92,7 @@ def speed_table() -> str:
     for at in runs.drop_duplicates(["section", "row"]).set_index(["section", "row"]).index:
         time, floor = seconds.loc[at, "ours"], floors.loc[at, "ours"]
         peers = over.loc[at].drop("ours").dropna()
-        ratios = ", ".join(f"{who} {times:.1f}" for who, times in peers.items())
+        ratios = ", ".join(f"{who} {times:.{1 if times >= 1 else 2}f}" for who, times in peers.items())
         used = ", ".join(f"{v:.2f}" for v in peak.loc[at, ["ours", *peers.index]].dropna())
         cells = (
             *at,
