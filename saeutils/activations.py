@@ -163,6 +163,8 @@ class Activations:
 
     def scale(self, centre: bool = True, normalise: str = "scale") -> float:
         """The factor by which ``batches`` multiplies train rows, centred or not: see its ``normalise``."""
+        if not _one_factor(normalise):
+            return 1.0
         if (asked := (centre, normalise)) not in self._scales:
             x = self.sample(50_000, "train")["x"]
             self._scales[asked] = _factor(x.sub_(self.mean) if centre else x, normalise)
@@ -187,12 +189,10 @@ class Activations:
             centre: subtract :attr:`mean` first.
             group: this many shards are shuffled together (memory: one group).
         """
-        if normalise not in ("none", "l2", "scale", "rms"):
-            raise ValueError(f"unknown normalise={normalise!r}: none, l2, scale or rms")
         if self.count(split) < batch_size:
             raise ValueError(f"{split} has {self.count(split):,} rows, fewer than one batch of {batch_size:,}")
         shift = self.mean if centre else torch.zeros(self.d)
-        factor = self.scale(centre, normalise) if normalise in ("scale", "rms") else 1.0
+        factor = self.scale(centre, normalise)
         for rows in self._shuffled(batch_size, split, seed, start, group):
             yield _normalised(rows, shift, factor, normalise)
 
@@ -233,10 +233,11 @@ def stream(
     d = 640 in bfloat16 with the default buffer.
 
     Raises:
-        ValueError: as :func:`collect`; a buffer too small for the batch; no row of the text is for training.
+        ValueError: as :func:`collect`; a buffer too small for the batch; an unknown ``normalise``; no row of the text is for training.
     """
     if buffer < 1 or batch_size > buffer * SHARD_TOKENS:
         raise ValueError(f"buffer={buffer} shards of {SHARD_TOKENS:,} rows must hold a batch of {batch_size:,}")
+    one_factor = _one_factor(normalise)
     collector, assign = Collector(lm, hook, **load), Activations("").split_of
     pool, used, shift, factor = torch.empty(0), 0, None, 1.0
     for epoch in count():
@@ -257,7 +258,7 @@ def stream(
             if shift is None:
                 some = pool[order[:50_000]].float()
                 shift = some.mean(0) if centre else torch.zeros(some.shape[1])
-                factor = _factor(some - shift, normalise)
+                factor = _factor(some - shift, normalise) if one_factor else 1.0
                 del some
             room = max(used // 2, used + SHARD_TOKENS - len(pool))  # for a shard at least
             out = -(-room // batch_size) * batch_size
@@ -272,9 +273,14 @@ def stream(
             raise ValueError("the text has no tokens in documents for training: give more of it")
 
 
+def _one_factor(normalise: str) -> bool:
+    """Is it one factor for all rows? Raises ValueError for an unknown name."""
+    if normalise not in ("none", "l2", "scale", "rms"):
+        raise ValueError(f"unknown normalise={normalise!r}: none, l2, scale or rms")
+    return normalise in ("scale", "rms")
+
+
 def _factor(x: Tensor, normalise: str) -> float:
-    if normalise not in ("scale", "rms"):
-        return 1.0
     norms = x.norm(dim=-1)
     return x.shape[1] ** 0.5 / float(norms.mean()) if normalise == "scale" else 1 / float(norms.pow(2).mean().sqrt())
 

@@ -180,6 +180,8 @@ def test_stream_never_overflows_its_pool(wiki, monkeypatch, buffer, batch_size):
 def test_stream_refuses_what_it_cannot_hold_or_never_finds(wiki):
     with pytest.raises(ValueError, match="buffer=0 shards of 65,536 rows must hold a batch of 4,096"):
         next(activations.stream("gemma-3-270m", HOOK, wiki, buffer=0))
+    with pytest.raises(ValueError, match="unknown normalise='z'"):
+        next(activations.stream("gemma-3-270m", HOOK, wiki, normalise="z"))
     empty = Dataset.from_dict({"text": [""]})
     with pytest.raises(ValueError, match="no tokens in documents for training"):
         next(activations.stream("gemma-3-270m", HOOK, empty))
@@ -206,6 +208,8 @@ def test_errors(wiki, cached):
         next(acts.batches(1_000_000))
     with pytest.raises(ValueError, match="unknown normalise='z'"):
         next(acts.batches(8, normalise="z"))
+    with pytest.raises(ValueError, match="unknown normalise='z'"):
+        acts.scale(normalise="z")
     assert parse_hook("blocks.3.hook_mlp_out") == (3, "hook_mlp_out")
 
 
