@@ -18,7 +18,7 @@ torch.set_num_threads(2)
 @pytest.fixture(scope="session")
 def rows() -> torch.Tensor:
     """Real activations [n, 640]: the embedding-side residual stream of Gemma-3-270m on Wikipedia, centred, norm √d."""
-    from saeutils import activations, text
+    from saeutils.lm import activations, text
 
     acts = activations.collect(
         "gemma-3-270m", "blocks.0.hook_resid_post", text.load_text("wikipedia-summaries", max_docs=400), n_tokens=20_000
@@ -30,7 +30,7 @@ def rows() -> torch.Tensor:
 @pytest.fixture(scope="session")
 def searched() -> Callable[[bool], AbstractContextManager]:
     """``searched(bounded)``: SAEs are sparse at any density; bounded: and at any size where bfloat16 is quick, search."""
-    from saeutils import search, sparse
+    from saeutils.kernels import search, sparse
 
     @contextmanager
     def block(bounded: bool) -> Iterator[None]:

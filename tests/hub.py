@@ -24,7 +24,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from saeutils import text
+from saeutils.lm import text
 
 REVISION = "0" * 40
 

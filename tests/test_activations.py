@@ -8,8 +8,8 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 
-from saeutils import activations, archives, models, text
-from saeutils.collector import Collector, Windows, parse_hook, pools, tokenize
+from saeutils.lm import activations, archives, models, text
+from saeutils.lm.collector import Collector, Windows, parse_hook, pools, tokenize
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -85,7 +85,7 @@ def test_cache_key_covers_every_input(wiki, cached):
 
 
 def test_interrupted_and_damaged_collections_go_on(wiki, cached, monkeypatch):
-    monkeypatch.setattr("saeutils.collector.SHARD_TOKENS", 1500)
+    monkeypatch.setattr("saeutils.lm.collector.SHARD_TOKENS", 1500)
     original, calls = Collector.rows, []
 
     def rows(self, *args):

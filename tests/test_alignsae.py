@@ -12,7 +12,9 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from scipy.stats import entropy
 
-from saeutils import alignsae, initializers, metrics, sparse
+from saeutils import metrics
+from saeutils.kernels import sparse
+from saeutils.saes import alignsae, initializers
 from saeutils.training import train
 
 NAMES = ["birth city", "major", "pet"]

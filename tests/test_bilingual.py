@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from saeutils import archives, bilingual, models, pretraining, steering, text
+from saeutils import steering
+from saeutils.lm import archives, models, pretraining, text
+from saeutils.worlds import bilingual
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saeutils import biographies, models
+from saeutils.lm import models
+from saeutils.worlds import biographies
 
 
 def test_lists_are_as_long_as_the_papers_and_hold_no_doubles():
@@ -100,7 +101,7 @@ def test_last_states_are_those_of_single_prompts_and_a_delta_is_added_there(memo
 
 
 def test_padding_is_neither_predicted_nor_seen(tmp_path, monkeypatch):
-    from saeutils import pretraining
+    from saeutils.lm import pretraining
 
     people = biographies.population(6, biographies.relations()[:2])
     asked, texts = biographies.questions(people), biographies.biographies(people, 1)

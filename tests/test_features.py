@@ -8,7 +8,9 @@ from datasets import Dataset
 from matplotlib import pyplot as plt
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-from saeutils import activations, features, models, plots, widgets
+from saeutils.analysis import features
+from saeutils.lm import activations, models
+from saeutils.notebook import plots, widgets
 
 HOOK = "blocks.2.hook_resid_post"
 TEXTS = ["The cat sat on the mat.", "<b>Bold</b> & brave, she left.", "It rained in Paris all day long."]

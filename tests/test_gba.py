@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sae_lens import SAE
 from sae_lens.saes.sae import TrainStepInput
 
-from saeutils import gba
+from saeutils.saes import gba
 from saeutils.training import train
 
 

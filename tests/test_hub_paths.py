@@ -10,7 +10,7 @@ from pathlib import Path
 import hub
 import pytest
 
-from saeutils import archives, models
+from saeutils.lm import archives, models
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SCALES = ("colab", "paper")

@@ -8,8 +8,9 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEC
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from saeutils import initializers, models
-from saeutils.matching import match
+from saeutils.lm import models
+from saeutils.saes import initializers
+from saeutils.analysis.matching import match
 from saeutils.metrics import evaluate
 from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainStepInput
 
-from saeutils import archives
+from saeutils.lm import archives
 from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
 from saeutils.training import train
 

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeutils import archives, embeddings, language, widgets
+from saeutils.analysis import embeddings, language
+from saeutils.lm import archives
+from saeutils.notebook import widgets
 
 
 def _text(*tokens: str) -> list[tuple[str, float]]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from scipy.optimize import linear_sum_assignment
 
-from saeutils.matching import compare, match, match_certified, pw_mcc, stability
+from saeutils.analysis.matching import compare, match, match_certified, pw_mcc, stability
 
 
 def _dictionaries(kind, n, m, d, seed):

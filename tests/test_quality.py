@@ -6,7 +6,9 @@ import pytest
 import torch
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
-from saeutils import activations, archives, embeddings, interventions, models, quality, saebench, steering, text
+from saeutils import steering
+from saeutils.analysis import embeddings, interventions, quality, saebench
+from saeutils.lm import activations, archives, models, text
 
 HOOK = "blocks.12.hook_resid_post"
 
@@ -172,5 +174,5 @@ def test_unlearning_pushes_what_fires_on_the_topic_only(gemma):
 def test_saebench_errors(tmp_path):
     with pytest.raises(ValueError, match="unknown measures"):
         saebench.run(tmp_path, "gpt2", tmp_path, ("accuracy",))
-    with pytest.raises(FileNotFoundError, match=r"saeutils.saebench.install"):
+    with pytest.raises(FileNotFoundError, match=r"saeutils.analysis.saebench.install"):
         saebench.run(tmp_path, "gpt2", tmp_path / "nowhere")

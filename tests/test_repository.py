@@ -10,7 +10,8 @@ import nbformat
 import pandas as pd
 import pytest
 
-from saeutils import archives, claims, publish, scales
+from saeutils.lm import archives
+from saeutils.notebook import claims, publish, scales
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -62,7 +63,7 @@ def test_notebook_style(path):
 
 def test_address_comes_from_one_place():
     for path in NOTEBOOKS:
-        assert path.read_text() == publish.notebook_text(path, ROOT), "run: python -m saeutils.publish"
+        assert path.read_text() == publish.notebook_text(path, ROOT), "run: python -m saeutils.notebook.publish"
         assert publish.badge_url(ROOT, path.stem) in path.read_text()
         assert publish.install_line(ROOT) in path.read_text()
 
@@ -79,8 +80,8 @@ def test_changing_the_address_changes_every_link(tmp_path):
 def test_readme_is_up_to_date():
     rerun = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "figures"], cwd=ROOT, capture_output=True)
     if rerun.returncode == 1:  # as README's first command does
-        pytest.skip("a notebook was run again here: python -m saeutils.publish brings its results into README")
-    assert (ROOT / "README.md").read_text() == publish.readme_text(ROOT), "run: python -m saeutils.publish"
+        pytest.skip("a notebook was run again here: python -m saeutils.notebook.publish brings its results into README")
+    assert (ROOT / "README.md").read_text() == publish.readme_text(ROOT), "run: python -m saeutils.notebook.publish"
     for path in NOTEBOOKS:
         assert path.stem in (ROOT / "README.md").read_text()
 

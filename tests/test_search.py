@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeutils import search
+from saeutils.kernels import search
 
 
 def problem(batch, n, d, seed, spread):

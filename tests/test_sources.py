@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from saeutils import archives, models, text
+from saeutils.lm import archives, models, text
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import pytest
 import torch
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
-from saeutils import models, steering
+from saeutils import steering
+from saeutils.lm import models
 
 HOOK = "blocks.3.hook_resid_post"
 

@@ -18,7 +18,10 @@ import torch
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from scipy.optimize import minimize
 
-from saeutils import initializers, metrics, optim, resampling
+from saeutils import metrics
+from saeutils.kernels import optim
+from saeutils.saes import initializers
+from saeutils.training import resampling
 from saeutils.saes import (
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
@@ -58,7 +61,7 @@ def test_history_schedule_and_constraint(rows):
 def test_gradient_is_tangential(rows):
     sae = _topk()
     ((sae(rows[:64]) - rows[:64]) ** 2).sum().backward()
-    from saeutils.optim import remove_parallel_gradient
+    from saeutils.kernels.optim import remove_parallel_gradient
 
     full = sae.W_dec.grad.clone()
     remove_parallel_gradient(sae.W_dec)
@@ -265,7 +268,7 @@ def test_column_major_weights_step_as_row_major_ones():
 def test_freed_memory_is_kept_for_the_next_tensor():
     code = """
 import psutil, torch
-from saeutils import memory
+from saeutils.kernels import memory
 held = lambda: psutil.Process().memory_info().rss
 for keep in (False, True):
     if keep:

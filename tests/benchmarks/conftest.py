@@ -19,7 +19,9 @@ import pytest
 import torch
 from matplotlib import ticker
 
-from saeutils import archives, claims, memory, plots
+from saeutils.kernels import memory
+from saeutils.lm import archives
+from saeutils.notebook import claims, plots
 
 PEERS = ["dictionary-learning==0.1.0", "eai-sparsify==1.3.3", "natsort", "simple-parsing", "docstring-parser", "schedulefree", "einops"]  # fmt: skip
 ROWS: list[dict] = []

@@ -15,7 +15,9 @@ import torch
 from datasets import Dataset
 from sae_lens import SAE
 
-from saeutils import activations, archives, claims, collector, metrics, models, text
+from saeutils import metrics
+from saeutils.lm import activations, archives, collector, models, text
+from saeutils.notebook import claims
 
 LM, LAYER, TOKENS, CONTEXT = "gemma-3-270m", 9, 240_000, 128  # four shards: what a notebook collects
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import Peak
 
-from saeutils import activations, text
-from saeutils.models import default_device
+from saeutils.lm import activations, text
+from saeutils.lm.models import default_device
 from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saeutils.training import train
 

@@ -11,7 +11,7 @@ import torch
 from conftest import Peak
 from scipy.optimize import linear_sum_assignment
 
-from saeutils.matching import match, match_certified
+from saeutils.analysis.matching import match, match_certified
 
 D = 768
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
-from saeutils.features import LatentTable
+from saeutils.analysis.features import LatentTable
 from saeutils.metrics import auroc
 
 LATENTS, TEXTS, TOKENS, PART = 16_384, 2000, 40, 256

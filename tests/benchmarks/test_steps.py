@@ -16,8 +16,9 @@ from sae_lens.saes import batchtopk_sae, jumprelu_sae, standard_sae, topk_sae
 from sae_lens.training.sae_trainer import SAETrainer
 from torch.nn.functional import normalize
 
-from saeutils import alignsae, gba, initializers, saes
-from saeutils.models import default_device
+from saeutils import saes
+from saeutils.saes import alignsae, gba, initializers
+from saeutils.lm.models import default_device
 from saeutils.training import _Options, _Trainer
 
 BATCH = 4096

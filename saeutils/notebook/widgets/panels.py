@@ -16,7 +16,9 @@ import pandas as pd
 from IPython.display import display
 from sklearn.metrics import cohen_kappa_score
 
-from saeutils import features, language, plots, steering
+from saeutils import steering
+from saeutils.analysis import features, language
+from saeutils.notebook import plots
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -144,7 +146,7 @@ def match_panel(
 ) -> w.Widget:
     """Pick a pair of matched latents of an arm, by rank of similarity or by number; see its point and both latents' texts.
 
-    ``matched``: tables from :func:`saeutils.matching.compare` by arm; ``tables``: of the two SAEs of each arm.
+    ``matched``: tables from :func:`saeutils.analysis.matching.compare` by arm; ``tables``: of the two SAEs of each arm.
     """
     arm = w.Dropdown(options=list(matched), **_wide("arm"))
     n = len(next(iter(matched.values())))

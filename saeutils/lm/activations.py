@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils import archives, models
-from saeutils.collector import SHARD_TOKENS, Collector, parse_hook, pools, taken, tokenize, windows_of
+from saeutils.lm import archives, models
+from saeutils.lm.collector import SHARD_TOKENS, Collector, parse_hook, pools, taken, tokenize, windows_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -51,7 +51,7 @@ def collect(
     The LM is loaded only for shards that are missing or damaged, so an interrupted run goes on where it stopped.
 
     Args:
-        lm: model name, as :func:`saeutils.models.load_hf` takes it; ``load`` (``dtype``, ``device``, ``revision``) too.
+        lm: model name, as :func:`saeutils.lm.models.load_hf` takes it; ``load`` (``dtype``, ``device``, ``revision``) too.
         hook: ``blocks.L.hook_resid_post`` or ``blocks.L.hook_mlp_out``.
         text: rows with a column ``text``; one row is one document.
         n_tokens: how many tokens to run (BOS not counted; outliers are dropped afterwards); None: all.

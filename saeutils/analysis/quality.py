@@ -2,7 +2,7 @@
 
 Formulas follow SAEBench 0.6 (Karvonen et al. 2025, arXiv:2503.09532); each function says where it departs. Two kinds of
 input: latents of documents, pooled over tokens, and latents of single tokens. All are in the model's own scale
-(:func:`saeutils.initializers.fold_scale`).
+(:func:`saeutils.saes.initializers.fold_scale`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from saeutils import models, pretraining
+from saeutils.lm import models, pretraining
 
 BOS = "<s>"
 
@@ -94,7 +94,7 @@ def train_lm(
     at its last kept step. Give N = 0 to keep the random weights.
 
     Returns:
-        :func:`saeutils.models.checkpoints` of ``folder``.
+        :func:`saeutils.lm.models.checkpoints` of ``folder``.
 
     Raises:
         ValueError: the texts fill less than one batch.

@@ -16,9 +16,11 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils import checkpoints, initializers, memory, optim
+from saeutils.kernels import memory, optim
+from saeutils.saes import initializers
+from saeutils.training import checkpoints
 from saeutils.metrics import fvu, orthogonality
-from saeutils.resampling import RESAMPLERS, reset_adam
+from saeutils.training.resampling import RESAMPLERS, reset_adam
 from saeutils.saes import aux_loss
 
 DEAD = ("none", "post", "anthropic", "aux_k")
@@ -189,7 +191,7 @@ def train(
 
     The history has one row for each ``log_every`` steps, the first and the last. Of several SAEs each takes its step on a
     batch before any takes the next, so the stream (and the LM behind it) is read once for all. The process keeps its freed
-    memory from here on, see :mod:`saeutils.memory`.
+    memory from here on, see :mod:`saeutils.kernels.memory`.
 
     Columns: (sae, its name, where there are several,) step, samples, loss and every loss term, fvu, l0 (of that batch), dead (share of latents silent for
     ``dead_window`` steps), orthogonality (mean |cos| of decoder rows, from 512 rows), lr, resampled (latents so far).

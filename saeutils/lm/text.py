@@ -9,7 +9,7 @@ import pandas as pd
 from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 
-from saeutils import archives
+from saeutils.lm import archives
 
 
 def _wikipedia() -> Iterator[dict]:

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils import search
+from saeutils.kernels import search
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -116,7 +116,7 @@ def _rounding(u: np.ndarray, v: np.ndarray) -> float:
 def _passing(
     A: Tensor, B: Tensor, bias: Tensor, what: str, progress: bool, k: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs from :func:`saeutils.search.passing`, in float32 whatever a GPU would prefer: TF32 errs by 1e-3."""
+    """Pairs from :func:`saeutils.kernels.search.passing`, in float32 whatever a GPU would prefer: TF32 errs by 1e-3."""
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
         for row, column, _ in tqdm(search.passing(A, B, bias, k=k), what, disable=not progress, unit=" blocks"):

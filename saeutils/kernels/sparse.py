@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeutils import search
+from saeutils.kernels import search
 
 DENSE_ABOVE = 1 / 8  # share of active latents above which dense products are quicker than sparse ones
 

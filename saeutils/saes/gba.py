@@ -20,7 +20,9 @@ from sae_lens.saes.sae import (
 )
 from torch import Tensor, nn
 
-from saeutils import initializers, metrics, sparse
+from saeutils import metrics
+from saeutils.kernels import sparse
+from saeutils.saes import initializers
 from saeutils.saes import many_active
 
 

@@ -20,7 +20,7 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainStepInput
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from torch import Tensor, nn
 
-from saeutils.alignlosses import bind_loss, decorrelation, sparse_decorrelation, value_loss
+from saeutils.saes.alignlosses import bind_loss, decorrelation, sparse_decorrelation, value_loss
 from saeutils.saes import SparseStandardTrainingSAE, SparseStandardTrainingSAEConfig
 from saeutils.training import train
 
@@ -168,7 +168,7 @@ def slot(sae: SAE, name: str) -> int:
     """
     names = sae.cfg.metadata.slots or []
     if name not in names:
-        raise ValueError(f"no slot {name!r}; the SAE has {names or 'none: train it with saeutils.alignsae'}")
+        raise ValueError(f"no slot {name!r}; the SAE has {names or 'none: train it with saeutils.saes.alignsae'}")
     return names.index(name)
 
 

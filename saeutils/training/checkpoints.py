@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from saeutils import archives, optim
+from saeutils.kernels import optim
+from saeutils.lm import archives
 
 STATE = ("fired", "seen", "resampled", "n_training_steps")
 

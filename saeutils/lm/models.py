@@ -18,7 +18,8 @@ from huggingface_hub import hf_hub_download, list_repo_refs
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from saeutils import archives, search
+from saeutils.kernels import search
+from saeutils.lm import archives
 
 if TYPE_CHECKING:  # late: it takes seconds to import
     from transformer_lens.model_bridge import TransformerBridge

@@ -9,7 +9,8 @@ from functools import cache
 
 import numpy as np
 
-from saeutils import archives, embeddings
+from saeutils.analysis import embeddings
+from saeutils.lm import archives
 
 GRANULARITIES = ("token", "synonym", "semantic", "unrelated")
 SIGNALS = ("same", "spread", "kin", "close", "context", "theme", "before", "after", "bilingual")

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saeutils import memory, models
+from saeutils.kernels import memory
+from saeutils.lm import models
 
 
 def fit(
@@ -30,7 +31,7 @@ def fit(
         every: steps between states to go on from; each kept step writes one too.
 
     Returns:
-        :func:`saeutils.models.checkpoints` of ``folder``.
+        :func:`saeutils.lm.models.checkpoints` of ``folder``.
     """
     memory.reuse()
     last, done = max(steps), 0

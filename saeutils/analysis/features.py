@@ -15,8 +15,8 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils import language
-from saeutils.activations import Activations
+from saeutils.analysis import language
+from saeutils.lm.activations import Activations
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -72,7 +72,7 @@ class LatentTable:
         return list(dict.fromkeys(self.doc[rows[strongest]].tolist()))[:n]
 
     def top_texts(self, latent: int, tokens: np.ndarray, n: int = 50) -> list[list[tuple[str, float]]]:
-        """The texts of :meth:`top_docs` as lists of (token, activation), what :mod:`saeutils.language` reads.
+        """The texts of :meth:`top_docs` as lists of (token, activation), what :mod:`saeutils.analysis.language` reads.
 
         ``tokens``: the token of every row as text, [tokens].
         """
@@ -83,7 +83,7 @@ class LatentTable:
 
 @torch.no_grad()
 def latent_table(acts: Activations, sae: SAE, n_docs: int, l2: bool = False) -> LatentTable:
-    """Encode every collected row; ``acts`` is a small set from :func:`saeutils.activations.collect`. ``l2``: rows to norm 1.
+    """Encode every collected row; ``acts`` is a small set from :func:`saeutils.lm.activations.collect`. ``l2``: rows to norm 1.
 
     Raises:
         ValueError: the SAE has another input width than the activations.

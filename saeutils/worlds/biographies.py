@@ -23,7 +23,8 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from saeutils import archives, pretraining, steering
+from saeutils import steering
+from saeutils.lm import archives, pretraining
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from transformer_lens.model_bridge import TransformerBridge
@@ -141,7 +142,7 @@ def memorise(
     a finished one with the same texts, model and settings is found in ``folder``.
 
     Returns:
-        the folder of the trained model, as :func:`saeutils.models.load_lm` takes it.
+        the folder of the trained model, as :func:`saeutils.lm.models.load_lm` takes it.
     """
     pairs = [("", text) for text in texts] + list(zip(asked["prompt"], " " + asked["answer"]))
     settings = json.dumps([pairs, steps, batch, lr, seed, model.config.to_json_string()], default=str)

@@ -1,4 +1,4 @@
-"""One command after the public address, a claim or an archive has changed: ``python -m saeutils.publish``.
+"""One command after the public address, a claim or an archive has changed: ``python -m saeutils.notebook.publish``.
 
 Rewrites what is derived: badges and install lines of every notebook and README, README's tables of results and of data.
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from saeutils import archives, claims
+from saeutils.lm import archives
+from saeutils.notebook import claims
 
 INSTALL = re.compile(r"saeutils @ git\+\S+?(?=[\"'\s])")
 BADGE = re.compile(r"https://colab\.research\.google\.com/github/\S+?\.ipynb")

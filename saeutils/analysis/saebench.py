@@ -49,7 +49,7 @@ def run(
         raise ValueError(f"unknown measures {sorted(unknown)}: SAEBench has {METRICS}")
     if not _python(environment).exists():
         raise FileNotFoundError(
-            f"no SAEBench environment at {environment}: make it with saeutils.saebench.install({str(environment)!r})"
+            f"no SAEBench environment at {environment}: make it with saeutils.analysis.saebench.install({str(environment)!r})"
         )
     if not (Path(sae_folder) / "cfg.json").exists():
         raise FileNotFoundError(f"no SAE at {sae_folder}: write it with sae.save_inference_model(folder)")

@@ -13,7 +13,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from saeutils import memory, models, scales
+from saeutils.kernels import memory
+from saeutils.lm import models
+from saeutils.notebook import scales
 
 HOOKS = ("hook_resid_post", "hook_mlp_out")
 SHARD_TOKENS = scales.caps().get("shard_tokens", 65_536)  # fewer in a rehearsal

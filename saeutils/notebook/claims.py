@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from saeutils import archives, scales
+from saeutils.lm import archives
+from saeutils.notebook import scales
 
 COLUMNS = ["claim", "source", "paper", "here", "low", "high", "holds", "scale", "control", "note"]
 JUDGEMENTS = ("yes", "no", "not judged")

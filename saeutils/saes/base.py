@@ -17,7 +17,8 @@ from sae_lens.saes.standard_sae import StandardSAEConfig, StandardTrainingSAE, S
 from sae_lens.saes.topk_sae import TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 
-from saeutils import metrics, sparse
+from saeutils import metrics
+from saeutils.kernels import sparse
 
 
 class _RowsAsTheyAre:
@@ -67,7 +68,7 @@ class _Sparse:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [batch, d_in] → reconstruction, L0, the active latents' values [entries], and these as a COO tensor, detached.
 
-        See :class:`saeutils.sparse.Active`; no ``threshold``: 0.
+        See :class:`saeutils.kernels.sparse.Active`; no ``threshold``: 0.
         """
         threshold = self.b_enc.new_zeros(self.cfg.d_sae) if threshold is None else threshold
         weights, shift = (self.W_enc, self.b_enc, self.W_dec, self.b_dec), self.cfg.apply_b_dec_to_input
