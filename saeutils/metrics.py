@@ -1,18 +1,22 @@
-"""Measures of SAEs and of their dictionaries."""
+"""Measures of SAEs and of their dictionaries, and intervals of what was measured: pure functions of arrays."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
 from torch import Tensor
 
 if TYPE_CHECKING:  # late: together they take seconds to import
+    import pandas as pd
     from sae_lens.saes.sae import SAE
+
+LEVEL = 0.95  # of every interval
+FEWEST = 20  # units under which a bootstrap is not to be trusted
 
 
 def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
@@ -85,6 +89,8 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     positive, negative = int(labels.sum()), int((~labels).sum())
     if not positive or not negative:
         raise ValueError("AUROC needs both classes among the labels")
+    from scipy.stats import rankdata  # late: half a second
+
     ranks = rankdata(scores, axis=0)  # [n, m]
     return (ranks[labels].sum(0) - positive * (positive + 1) / 2) / (positive * negative)
 
@@ -95,6 +101,8 @@ def fragmentation(z: Tensor, relation: Tensor) -> pd.DataFrame:
 
     Shares are those of the mean activation over the concept's rows, clipped at 0; NaN where all are silent. z [n, latents], relation [n].
     """
+    import pandas as pd
+
     rows = []
     for concept in relation.unique().tolist():
         mean = z[relation == concept].float().mean(0).clamp_min(0)
@@ -102,3 +110,123 @@ def fragmentation(z: Tensor, relation: Tensor) -> pd.DataFrame:
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         rows.append({"concept": concept, "EffFeat": float(entropy.exp()), "Top1Conc": float(share.max())})
     return pd.DataFrame(rows)
+
+
+class Interval(NamedTuple):
+    """A figure and its 95% interval."""
+
+    here: float
+    low: float
+    high: float
+
+
+def interval(values: np.ndarray, statistic: str | Callable = "mean", items: int | None = None) -> Interval:
+    """A statistic over independent units, and its 95% interval.
+
+    Mean of ``values`` [units]: Student's t. Of ``values`` [units, items], the same items under every unit: both vary, their
+    variances add, t with the smaller degrees of freedom. Of shares of ``items`` things: never narrower than the interval of
+    Wilson (1927). Any other statistic of ``values`` [units, …]: bootstrap over units, BCa (Efron 1987).
+
+    Args:
+        statistic: "mean", "median", or a function of an array like ``values``.
+        items: each value is a share; of so many different things all together.
+
+    Returns:
+        Interval: NaN bounds for one unit alone, or for fewer than 20 where a bootstrap is needed.
+
+    Raises:
+        ValueError: ``items`` with values that are no shares or with another statistic than the mean.
+    """
+    values = np.asarray(values, dtype=float)
+    if items is not None and (statistic != "mean" or values.ndim != 1 or not items > 0 or not _shares(values)):
+        raise ValueError("items says of how many things each value is a share: give shares in [0, 1], statistic='mean'")
+    if statistic != "mean":
+        return _bootstrapped(values, statistic)
+    here, error, df = _error_of_mean(values)
+    low, high = here - _t(df) * error, here + _t(df) * error
+    if items is not None:
+        under, over = wilson(here, items)
+        low, high = np.fmin(low, under), np.fmax(high, over)
+    return Interval(here, float(low), float(high))
+
+
+def difference(
+    values: np.ndarray, control: np.ndarray, statistic: str | Callable = "mean", items: int | None = None, paired: bool = True
+) -> Interval:
+    """Statistic of ``values`` less that of ``control``, and its 95% interval; arguments as for :func:`interval`.
+
+    ``paired``: row i of both is the same unit (t over the differences); else Welch's t. Of shares the variance is at least
+    the binomial one (Agresti & Caffo 2000). It is never one interval less another.
+    """
+    values, control = np.asarray(values, dtype=float), np.asarray(control, dtype=float)
+    if statistic != "mean":
+        return _bootstrapped(values, statistic, control, paired)
+    if paired:
+        here, error, df = _error_of_mean(values - control)
+    else:
+        (a, error_a, df_a), (b, error_b, df_b) = _error_of_mean(values), _error_of_mean(control)
+        here, error = a - b, float(np.hypot(error_a, error_b))
+        total = error_a**4 / df_a + error_b**4 / df_b if df_a and df_b else 0.0
+        df = error**4 / total if total else min(df_a, df_b)  # Welch and Satterthwaite
+    if items is not None:
+        p, q = ((share.mean() * items + 1) / (items + 2) for share in (values, control))
+        error = max(error, float(np.sqrt((p * (1 - p) + q * (1 - q)) / (items + 2))))
+    return Interval(here, here - _t(df) * error, here + _t(df) * error)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95% interval of a share of ``n`` (Wilson 1927): (low, high)."""
+    z = _t(np.inf)
+    centre, half = share + z * z / (2 * n), z * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def _t(df: float) -> float:
+    from scipy.special import ndtri, stdtrit
+
+    if not df:
+        return float("nan")
+    return float(ndtri((1 + LEVEL) / 2) if np.isinf(df) else stdtrit(df, (1 + LEVEL) / 2))
+
+
+def _error_of_mean(values: np.ndarray) -> tuple[float, float, float]:
+    """(mean, its standard error, degrees of freedom) of values [units] or [units, items]."""
+    axes = [values.mean(tuple(j for j in range(values.ndim) if j != i)) for i in range(values.ndim)]
+    df = min(len(means) - 1 for means in axes)
+    if not df:
+        return float(values.mean()), float("nan"), 0
+    return float(values.mean()), float(np.sqrt(sum(m.var(ddof=1) / len(m) for m in axes))), df
+
+
+def _shares(values: np.ndarray) -> bool:
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def _bootstrapped(
+    values: np.ndarray, statistic: str | Callable, control: np.ndarray | None = None, paired: bool = True
+) -> Interval:
+    named = {"median": np.median}
+    if isinstance(statistic, str) and statistic not in named:
+        raise ValueError(f"unknown statistic {statistic!r}: 'mean', 'median', or a function of the values")
+    of = named.get(statistic, statistic) if isinstance(statistic, str) else statistic
+    groups = [values] if control is None else [values, control]
+    signs = (1, -1)
+    here = float(sum(sign * of(group) for sign, group in zip(signs, groups)))
+    if min(map(len, groups)) < FEWEST:
+        return Interval(here, float("nan"), float("nan"))
+    from scipy.stats import bootstrap  # late: half a second
+
+    def resampled(*drawn: np.ndarray) -> float:
+        chosen = drawn if len(drawn) == len(groups) else drawn * len(groups)  # paired: one draw of units for both
+        return sum(sign * of(group[at]) for sign, group, at in zip(signs, groups, chosen))
+
+    units = [np.arange(len(group)) for group in groups]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The BCa confidence interval cannot be calculated")
+        found = bootstrap(
+            units[:1] if paired else units, resampled, vectorized=False, n_resamples=1999, confidence_level=LEVEL,
+            method="BCa", rng=np.random.default_rng(0),
+        ).confidence_interval  # fmt: skip
+    if np.isnan(found.low):  # every resample gives the same
+        return Interval(here, here, here)
+    return Interval(here, float(found.low), float(found.high))

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from saeutils.analysis import embeddings
-from saeutils.lm import archives
+from saeutils.kernels import files
 
 GRANULARITIES = ("token", "synonym", "semantic", "unrelated")
 SIGNALS = ("same", "spread", "kin", "close", "context", "theme", "before", "after", "bilingual")
@@ -163,7 +163,7 @@ def granularity(texts: Sequence[Text] | Sequence[Sequence[Text]] | np.ndarray) -
 
 @cache
 def _model() -> dict[str, list]:
-    return json.loads((archives.data_dir() / "granularity.json").read_text())
+    return json.loads((files.data_dir() / "granularity.json").read_text())
 
 
 def signals(latents: Sequence[Sequence[Text]]) -> np.ndarray:

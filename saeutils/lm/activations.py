@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import count
@@ -15,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils.lm import archives, models
-from saeutils.lm.collector import SHARD_TOKENS, Collector, parse_hook, pools, taken, tokenize, windows_of
+from saeutils.kernels import files
+from saeutils.lm import models
+from saeutils.lm.collector import Collector, parse_hook, pools, shard_tokens, taken, tokenize, windows_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -62,7 +62,7 @@ def collect(
         ValueError: unknown hook or layer, too little text, non-finite activations.
     """
     settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
-    folder = archives.cache_dir("activations", _key(lm, hook, text, load, **settings))
+    folder = files.cache_dir("activations", _key(lm, hook, text, load, **settings))
     acts = Activations(folder)
     damaged = acts.damaged()  # hashes every shard: once
     if acts.meta.get("complete") and not damaged:
@@ -77,9 +77,9 @@ def collect(
         for n, pool in enumerate(cut):
             if (name := _shard(n)) in missing:
                 rows = collector.rows(pool, windows, outlier)
-                save_file(rows, folder / f".{name}")
-                os.replace(folder / f".{name}", folder / name)
-                meta["shards"][name] = {"rows": len(rows["x"]), "sha256": archives.sha256_of(folder / name)}
+                with files.whole(folder / name) as tmp:
+                    save_file(rows, tmp)
+                meta["shards"][name] = {"rows": len(rows["x"]), "sha256": files.sha256_of(folder / name)}
                 _write_json(folder / "meta.json", {**meta, "d": rows["x"].shape[1]})
                 bar.update(sum(len(windows.tokens[i]) for i in pool))
     _write_json(folder / "meta.json", {**Activations(folder).meta, "complete": True})
@@ -91,8 +91,8 @@ def _shard(n: int) -> str:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
-    os.replace(path.with_suffix(".tmp"), path)
+    with files.whole(path) as tmp:
+        tmp.write_text(json.dumps(content, indent=1))
 
 
 class Activations:
@@ -112,7 +112,7 @@ class Activations:
         """Names of recorded shards that are missing or do not have their recorded SHA-256."""
         shards = self.meta.get("shards", {})
         path = self.folder.joinpath
-        return {n for n, s in shards.items() if not path(n).exists() or archives.sha256_of(path(n)) != s["sha256"]}
+        return {n for n, s in shards.items() if not path(n).exists() or files.sha256_of(path(n)) != s["sha256"]}
 
     def _load(self, name: str) -> dict[str, Tensor]:
         return load_file(self.folder / name)  # safetensors maps the file, it does not read it
@@ -235,24 +235,25 @@ def stream(
     Raises:
         ValueError: as :func:`collect`; a buffer too small for the batch; an unknown ``normalise``; no row of the text is for training.
     """
-    if buffer < 1 or batch_size > buffer * SHARD_TOKENS:
-        raise ValueError(f"buffer={buffer} shards of {SHARD_TOKENS:,} rows must hold a batch of {batch_size:,}")
+    shard = shard_tokens()
+    if buffer < 1 or batch_size > buffer * shard:
+        raise ValueError(f"buffer={buffer} shards of {shard:,} rows must hold a batch of {batch_size:,}")
     one_factor = _one_factor(normalise)
     collector, assign = Collector(lm, hook, **load), Activations("").split_of
     pool, used, shift, factor = torch.empty(0), 0, None, 1.0
     for epoch in count():
         pieces, filled = windows_of(text, collector.tokenizer, context, seed + epoch), 0
         for n in count():
-            if not (windows := taken(pieces, collector.tokenizer, SHARD_TOKENS)).tokens:
+            if not (windows := taken(pieces, collector.tokenizer, shard)).tokens:
                 break
             rows = collector.rows(range(len(windows.tokens)), windows, outlier)
             x = rows["x"][assign(rows["doc"]) == 0]
             if not len(pool):
-                pool = x.new_empty((buffer + 1) * SHARD_TOKENS, x.shape[1])
+                pool = x.new_empty((buffer + 1) * shard, x.shape[1])
             pool[used : used + len(x)] = x
             used, filled = used + len(x), filled + len(x)
             del rows, x  # before the next are born
-            if used + SHARD_TOKENS <= len(pool):
+            if used + shard <= len(pool):
                 continue
             order = torch.from_numpy(np.random.default_rng([seed, epoch, n]).permutation(used))
             if shift is None:
@@ -260,7 +261,7 @@ def stream(
                 shift = some.mean(0) if centre else torch.zeros(some.shape[1])
                 factor = _factor(some - shift, normalise) if one_factor else 1.0
                 del some
-            room = max(used // 2, used + SHARD_TOKENS - len(pool))  # for a shard at least
+            room = max(used // 2, used + shard - len(pool))  # for a shard at least
             out = -(-room // batch_size) * batch_size
             for at in range(0, out, batch_size):
                 if start:

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -20,36 +19,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-
-def data_dir() -> Path:
-    """The repository's ``data/`` folder, or its installed copy inside the package."""
-    installed = Path(__file__).parent / "data"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "data"
-
-
-def cache_dir(*parts: str) -> Path:
-    """A folder for what can be rebuilt: ``$SAEUTILS_CACHE``, else ``data/cache`` in a checkout, else ``~/.cache/saeutils``."""
-    if root := os.environ.get("SAEUTILS_CACHE"):
-        base = Path(root)
-    elif (Path(__file__).parents[1] / "pyproject.toml").exists():
-        base = data_dir() / "cache"
-    else:
-        base = Path.home() / ".cache" / "saeutils"
-    folder = base.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+from saeutils.kernels.files import cache_dir, data_dir, sha256_of
 
 
 @cache
 def pinned() -> dict[str, dict]:
     """Name → version, file, size, sha256, what, licence of every archive."""
     return json.loads((data_dir() / "archives.json").read_text())
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def fetch(name: str) -> Path:

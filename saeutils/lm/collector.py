@@ -13,12 +13,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from saeutils.kernels import memory
+from saeutils.kernels import jobs, memory
 from saeutils.lm import models
-from saeutils.notebook import scales
 
 HOOKS = ("hook_resid_post", "hook_mlp_out")
-SHARD_TOKENS = scales.caps().get("shard_tokens", 65_536)  # fewer in a rehearsal
+
+
+def shard_tokens() -> int:
+    """Tokens that fill one shard: 65,536, fewer in a rehearsal (``$SAEUTILS_CAP``)."""
+    return jobs.caps().get("shard_tokens", 65_536)
 
 
 class _Reached(Exception):
@@ -108,10 +111,10 @@ def tokenize(text: Dataset, tokenizer, context: int, n_tokens: int | None, seed:
 
 
 def pools(windows: Windows, seed: int) -> list[list[int]]:
-    """Window numbers in random order, cut into pools of about SHARD_TOKENS tokens: one pool fills one shard."""
-    pools, size = [[]], 0
+    """Window numbers in random order, cut into pools of about :func:`shard_tokens` tokens: one pool fills one shard."""
+    pools, size, full = [[]], 0, shard_tokens()
     for i in np.random.default_rng(seed + 1).permutation(len(windows.tokens)).tolist():
-        if size >= SHARD_TOKENS:
+        if size >= full:
             pools.append([])
             size = 0
         pools[-1].append(i)

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download, list_repo_refs
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from saeutils.kernels import search
+from saeutils.kernels import files, search
 from saeutils.lm import archives
 
 if TYPE_CHECKING:  # late: it takes seconds to import
@@ -70,18 +70,18 @@ def local_dir(name: str) -> Path:
     Weights are stored in bfloat16, the precision in which both models were published. A folder whose weights fail
     their recorded SHA-256 is converted again.
     """
-    folder = archives.cache_dir("models") / name
+    folder = files.cache_dir("models") / name
     stamp = folder / "sha256.json"
     if stamp.exists():
         expected = json.loads(stamp.read_text())
-        if all((folder / f).exists() and archives.sha256_of(folder / f) == h for f, h in expected.items()):
+        if all((folder / f).exists() and files.sha256_of(folder / f) == h for f, h in expected.items()):
             return folder
         print(f"{folder} is damaged: converting {name} again")
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
     try:
         print(f"converting {name} from GGUF, once (about a minute)")
         _convert(name, tmp)
-        hashes = {f.name: archives.sha256_of(f) for f in sorted(tmp.iterdir())}
+        hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
         (tmp / "sha256.json").write_text(json.dumps(hashes))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(tmp, folder)
@@ -111,7 +111,7 @@ def located(name: str) -> str:
     """Where a model lies: the folder of an embedded one, or of one in ``data/`` (``bilingual-lm/step-0004000``); else the name."""
     if name in EMBEDDED:
         return str(local_dir(name))
-    shipped = archives.data_dir() / name
+    shipped = files.data_dir() / name
     return str(shipped) if (shipped / "config.json").exists() else name
 
 
@@ -185,7 +185,7 @@ def identity(name: str, revision: str | None = None) -> str:
     if name in EMBEDDED:
         return name + str([archives.pinned()[archive]["sha256"] for archive, _ in EMBEDDED[name][1]])
     if (folder := Path(located(name))).is_dir():
-        return str([(f.name, archives.sha256_of(f)) for f in sorted(folder.iterdir()) if f.is_file()])
+        return str([(f.name, files.sha256_of(f)) for f in sorted(folder.iterdir()) if f.is_file()])
     with _hub_errors(name):
         config = hf_hub_download(name, "config.json", revision=revision)  # …/snapshots/COMMIT/config.json
     return f"{name}@{Path(config).parent.name}"

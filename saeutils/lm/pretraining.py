@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saeutils.kernels import memory
+from saeutils.kernels import files, memory
 from saeutils.lm import models
 
 
@@ -79,8 +79,8 @@ def fit(
         if step + 1 in steps or (step + 1) % every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
             state["scaler"] = scaler.state_dict()
-            torch.save(state, folder / "running.tmp")
-            os.replace(folder / "running.tmp", running)
+            with files.whole(running) as tmp:
+                torch.save(state, tmp)
     return models.checkpoints(str(folder), steps)
 
 

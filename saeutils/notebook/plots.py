@@ -1,29 +1,44 @@
-"""Figures: functions that take arrays and an ``ax``; line styles differ as well as colours."""
+"""Figures: functions that take arrays and an ``ax``; one style for the whole collection, set by :func:`panels`."""
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from saeutils.kernels import files
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; line styles differ with them
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
 MARKERS = "osD^vPX"
+WIDEST = 10.0  # inches: a notebook's column on a laptop, where wider figures are shrunk and their letters with them
+STYLE = {
+    "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
+    "axes.spines.right": False, "lines.linewidth": 1.6, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 130,
+}  # fmt: skip
+
+
+def panels(n: int, width: float = 5.2, height: float = 3.6) -> tuple[Figure, np.ndarray]:
+    """A row of ``n`` axes in the collection's style, each ``width`` × ``height`` inches, together at most 10 wide."""
+    plt.rcParams.update(STYLE)
+    fig, axes = plt.subplots(1, n, figsize=(min(width * n, WIDEST), height), squeeze=False, layout="constrained")
+    return fig, axes[0]
 
 
 def save(fig: Figure, folder: Path, name: str, data: pd.DataFrame | None = None) -> None:
-    """Write ``name.png`` and the numbers behind it as ``name.csv``, each under a temporary name first."""
-    tmp = folder / f".{name}.png"
-    fig.savefig(tmp, dpi=130, bbox_inches="tight")
-    os.replace(tmp, folder / f"{name}.png")
+    """Write ``name.png`` and the numbers behind it as ``name.csv``, each whole or not at all."""
+    with files.whole(folder / f"{name}.png") as tmp:
+        fig.savefig(tmp, bbox_inches="tight")
     if data is not None:
-        tmp = folder / f".{name}.csv"
-        data.to_csv(tmp, index=False, float_format="%.6g")
-        os.replace(tmp, folder / f"{name}.csv")
+        with files.whole(folder / f"{name}.csv") as tmp:
+            data.to_csv(tmp, index=False, float_format="%.6g")
 
 
 def lines(
@@ -39,7 +54,6 @@ def lines(
         if low and high:
             ax.fill_between(part[x], part[low], part[high], color=line.get_color(), alpha=0.15, lw=0)
     ax.set(xlabel=x, ylabel=y)
-    ax.grid(alpha=0.25)
 
 
 def reference(ax: Axes, value: float, label: str, axis: str = "y") -> None:
@@ -59,15 +73,9 @@ def histogram(ax: Axes, values: np.ndarray, label: str = "", bins: int = 40, log
 def bars(ax: Axes, heights: Mapping[str, tuple[float, float, float]], xlabel: str = "") -> None:
     """Horizontal bars with intervals: label → (value, low, high)."""
     for i, (value, low, high) in enumerate(heights.values()):
-        ax.barh(i, value, color="C0", alpha=0.75)
+        ax.barh(i, value, color=COLOURS[0], alpha=0.75)
         ax.plot([low, high], [i, i], color="0.2", lw=1.5)
     ax.set_yticks(range(len(heights)), list(heights))
     ax.invert_yaxis()
     ax.set_xlabel(xlabel)
-    ax.grid(axis="x", alpha=0.25)
-
-
-def panels(n: int, width: float = 5.2, height: float = 3.6) -> tuple[Figure, np.ndarray]:
-    """A row of ``n`` axes."""
-    fig, axes = plt.subplots(1, n, figsize=(width * n, height), squeeze=False, layout="constrained")
-    return fig, axes[0]
+    ax.grid(visible=False, axis="y")

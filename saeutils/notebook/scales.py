@@ -1,11 +1,27 @@
-"""Which scale runs: one variable, one table a notebook, no ``if scale ==`` anywhere else."""
+"""Which scale runs, and which of two runs: variables read in one place, one table a notebook, no ``if scale ==`` elsewhere."""
 
 import os
 from types import SimpleNamespace
 
 import pandas as pd
 
-SCALES = ("smoke", "laptop", "colab", "paper")
+from saeutils.kernels.jobs import caps
+
+# scale → the one that it differs from
+PARENTS = {"smoke": None, "laptop": "smoke", "overnight": "laptop", "colab": "laptop", "paper": "colab"}
+SCALES = tuple(PARENTS)
+
+
+def _variable(name: str, allowed: str, fine) -> str | None:
+    """The variable's text, or None where it is not set.
+
+    Raises:
+        ValueError: it is blank, or not ``fine``.
+    """
+    text = os.environ.get(name)
+    if text is not None and not fine(text):
+        raise ValueError(f"{name} is {text!r}: set it to {allowed} without blanks, or unset it")
+    return text
 
 
 def current(scale: str = "auto") -> str:
@@ -14,19 +30,44 @@ def current(scale: str = "auto") -> str:
     Raises:
         ValueError: not one of the scales.
     """
-    if scale == "auto":
-        import torch  # late: what only reads claims or figures need not wait for it
+    if scale != "auto":
+        if scale not in SCALES:
+            raise ValueError(f"unknown scale {scale!r}: one of {', '.join(SCALES)}, or 'auto'")
+        return scale
+    if found := _variable("SAEUTILS_SCALE", f"one of {', '.join(SCALES)}", SCALES.__contains__):
+        return found
+    import torch  # late: what only reads claims or figures need not wait for it
 
-        scale = os.environ.get("SAEUTILS_SCALE") or ("colab" if torch.cuda.is_available() else "laptop")
-    if scale not in SCALES:
-        raise ValueError(f"unknown scale {scale!r}: one of {SCALES}, or 'auto'")
-    return scale
+    return "colab" if torch.cuda.is_available() else "laptop"
 
 
-def caps() -> dict[str, int]:
-    """``$SAEUTILS_CAP``, such as ``tokens=4000,steps=8``: upper bounds for a rehearsal of the larger scales."""
-    pairs = (p.split("=") for p in os.environ.get("SAEUTILS_CAP", "").split(",") if p)
-    return {name: int(value) for name, value in pairs}
+def run() -> int:
+    """Which run this is: ``$SAEUTILS_SEED``, 0 where it is not set. Every notebook is judged on two.
+
+    Raises:
+        ValueError: not a whole number of at most three digits.
+    """
+    return int(_variable("SAEUTILS_SEED", "a whole number from 0 to 999", lambda t: t.isdecimal() and len(t) <= 3) or 0)
+
+
+def seed(i: int = 0) -> int:
+    """Seed ``i`` of this run, 1000·run + i: two runs share none.
+
+    Raises:
+        ValueError: i outside 0…999.
+    """
+    if not 0 <= i < 1000:
+        raise ValueError(f"seed {i}: a run has seeds 0 to 999")
+    return 1000 * run() + i
+
+
+def keep() -> bool:
+    """``SAEUTILS_KEEP=1``: figures and ledger go to ``figures/``, to be committed; else to the cache.
+
+    Raises:
+        ValueError: set to something else than 0 or 1.
+    """
+    return _variable("SAEUTILS_KEEP", "0 or 1", ("0", "1").__contains__) == "1"
 
 
 def rehearsal(scale: str) -> bool:
@@ -42,11 +83,23 @@ def _capped(value, bound: int):
 def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.DataFrame]:
     """The settings of the scale that runs, and the table of all scales to show (settings × scales).
 
-    A scale gives only what differs from the one before it. Settings named in :func:`caps` are cut to their bound.
+    A scale gives only what differs from its parent: ``laptop`` from ``smoke``, ``overnight`` and ``colab`` from ``laptop``,
+    ``paper`` from ``colab``; the table shows those differences, ″ for what is as there. A setting ``why`` says what the
+    differences are for. Settings named in :func:`saeutils.kernels.jobs.caps` are cut to their bound.
+
+    Raises:
+        ValueError: a scale that is none, in the table or in a variable.
     """
-    name, filled, last = current(scale), {}, {}
-    for s in SCALES:
-        last = filled[s] = {**last, **table.get(s, {})}
-    shown = pd.DataFrame(filled).rename(columns={name: f"{name} ← runs"})
+    name = current(scale)
+    if unknown := sorted(set(table) - set(SCALES)):
+        raise ValueError(f"the table has scales {unknown}: one of {', '.join(SCALES)}")
+    filled, shown = {}, {}
+    for s, parent in PARENTS.items():
+        own = table.get(s, {})
+        filled[s] = {**filled.get(parent, {}), **{k: v for k, v in own.items() if k != "why"}}
+        shown[s] = {"why": own.get("why", ""), **{k: own.get(k, "″") for k in filled[s]}}
+    frame = pd.DataFrame(shown).fillna("").rename(columns={name: f"{name} ← runs"})
+    if not any(own.get("why") for own in table.values()):
+        frame = frame.drop(index="why")
     settings = {k: _capped(v, caps()[k]) if k in caps() else v for k, v in filled[name].items()}
-    return SimpleNamespace(scale=name, **settings), shown
+    return SimpleNamespace(scale=name, run=run(), **settings), frame

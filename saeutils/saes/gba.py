@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sae_lens import registry
 from sae_lens.saes.jumprelu_sae import JumpReLUSAEConfig
 from sae_lens.saes.sae import (
     SAEConfig,
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from saeutils import metrics
 from saeutils.kernels import sparse
 from saeutils.saes import initializers
-from saeutils.saes import many_active
+from saeutils.saes.base import many_active, register
 
 
 def geometric(highest: float, lowest: float, groups: int) -> list[float]:
@@ -196,5 +195,4 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
         state_dict["threshold"], state_dict["b_enc"] = -bias, torch.zeros_like(bias)
 
 
-if "gba" not in registry.SAE_TRAINING_CLASS_REGISTRY:
-    registry.register_sae_training_class("gba", GBATrainingSAE, GBATrainingSAEConfig)
+register("gba", GBATrainingSAE, GBATrainingSAEConfig)

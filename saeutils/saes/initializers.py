@@ -1,14 +1,18 @@
 """Starting points for the weights of any SAELens SAE."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from sae_lens.saes.sae import SAE
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
-from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
+from saeutils.saes.jumprelu import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 
 @torch.no_grad()
@@ -75,6 +79,8 @@ def k_means(sae: SAE, x: Tensor, seed: int) -> None:
     """
     if len(x) < sae.cfg.d_sae:
         raise ValueError(f"{len(x):,} rows cannot start {sae.cfg.d_sae:,} latents: give more")
+    from sklearn.cluster import MiniBatchKMeans  # late: a second to import, and one function needs it
+
     unit = torch.nn.functional.normalize(x.to(sae.b_dec) - sae.b_dec, dim=1).cpu().numpy()
     model = MiniBatchKMeans(sae.cfg.d_sae, init="random", batch_size=4096, max_iter=5, n_init=1, random_state=seed)
     _decoder(sae, torch.from_numpy(model.fit(unit).cluster_centers_))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from saeutils.kernels import optim
-from saeutils.lm import archives
+from saeutils.kernels import files, optim
 
 STATE = ("fired", "seen", "resampled", "n_training_steps")
 
@@ -25,7 +24,7 @@ def save(folder: Path, trainer) -> None:
         extra["recent"] = list(trainer.recent)
     torch.save(extra, tmp / "extra.pt")
     (tmp / "history.json").write_text(json.dumps(trainer.rows))
-    hashes = {f.name: archives.sha256_of(f) for f in sorted(tmp.iterdir())}
+    hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
     (tmp / "sha256.json").write_text(json.dumps(hashes))
     shutil.rmtree(final := folder / f"step-{trainer.n_training_steps:08d}", ignore_errors=True)
     os.replace(tmp, final)
@@ -45,7 +44,7 @@ def newest(folder: Path, at_most: int | None = None) -> Path | None:
             continue
         recorded = path / "sha256.json"
         hashes = json.loads(recorded.read_text()) if recorded.exists() else {}
-        if hashes and all((path / f).exists() and archives.sha256_of(path / f) == h for f, h in hashes.items()):
+        if hashes and all((path / f).exists() and files.sha256_of(path / f) == h for f, h in hashes.items()):
             return path
         print(f"{path} is damaged: taking the one before it")
     return None

@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saeutils.kernels import memory, optim
-from saeutils.saes import initializers
-from saeutils.training import checkpoints
 from saeutils.metrics import fvu, orthogonality
+from saeutils.saes import initializers
+from saeutils.saes.base import aux_loss
+from saeutils.training import checkpoints
 from saeutils.training.resampling import RESAMPLERS, reset_adam
-from saeutils.saes import aux_loss
 
 DEAD = ("none", "post", "anthropic", "aux_k")
 RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions

@@ -23,8 +23,9 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from saeutils import steering
-from saeutils.lm import archives, pretraining
+from saeutils.kernels import files
+from saeutils.lm import pretraining
+from saeutils.steering import edits, generation
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from transformer_lens.model_bridge import TransformerBridge
@@ -51,7 +52,7 @@ MONTHS = [
 @functools.cache
 def lists() -> dict:
     """Names; and for every relation its values (dates are made), fifty statements and four questions."""
-    return json.loads((archives.data_dir() / "biographies.json").read_text())
+    return json.loads((files.data_dir() / "biographies.json").read_text())
 
 
 def relations() -> list[str]:
@@ -189,10 +190,10 @@ def answers(
     require_prompts(prompts)
     ids = [lm.to_tokens(p)[0] for p in prompts]
     out = [""] * len(ids)
-    for part in steering.same_length(ids, batch_size):
-        edits = [] if delta is None else [steering.add(hook, delta[part], positions=[-1])]
-        with steering.edited(lm, edits):
-            made = steering.continued(lm, torch.stack([ids[i] for i in part]), tokens)
+    for part in generation.same_length(ids, batch_size):
+        added = [] if delta is None else [edits.add(hook, delta[part], positions=[-1])]
+        with edits.edited(lm, added):
+            made = generation.continued(lm, torch.stack([ids[i] for i in part]), tokens)
         for i, row in zip(part, made.tolist()):
             stop = row.index(lm.tokenizer.eos_token_id) if lm.tokenizer.eos_token_id in row else len(row)
             out[i] = lm.tokenizer.decode(row[:stop]).strip()
@@ -215,7 +216,7 @@ def last_states(
         def look(x: Tensor, hook, to: list[Tensor], end: Tensor = end) -> None:
             to.append(x[torch.arange(len(x)), end].float().cpu())
 
-        with steering.edited(lm, [(hook, functools.partial(look, to=to)) for hook, to in kept.items()]):
+        with edits.edited(lm, [(hook, functools.partial(look, to=to)) for hook, to in kept.items()]):
             lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True), return_type=None)
     back = torch.tensor(order).argsort()
     return {hook: torch.cat(parts)[back] for hook, parts in kept.items()}

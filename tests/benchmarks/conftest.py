@@ -19,8 +19,7 @@ import pytest
 import torch
 from matplotlib import ticker
 
-from saeutils.kernels import memory
-from saeutils.lm import archives
+from saeutils.kernels import files, memory
 from saeutils.notebook import claims, plots
 
 PEERS = ["dictionary-learning==0.1.0", "eai-sparsify==1.3.3", "natsort", "simple-parsing", "docstring-parser", "schedulefree", "einops"]  # fmt: skip
@@ -37,7 +36,7 @@ def two_threads():
 @pytest.fixture(scope="session")
 def peers() -> Path:
     """A folder of their own: their other dependencies (nnsight, an older pandas) conflict and are not needed for a step."""
-    folder = archives.cache_dir("peers") / hashlib.sha256(" ".join(PEERS).encode()).hexdigest()[:12]
+    folder = files.cache_dir("peers") / hashlib.sha256(" ".join(PEERS).encode()).hexdigest()[:12]
     if not (folder / "complete").exists():
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *PEERS]
         subprocess.run(command, check=True)

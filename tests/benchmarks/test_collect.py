@@ -16,7 +16,8 @@ from datasets import Dataset
 from sae_lens import SAE
 
 from saeutils import metrics
-from saeutils.lm import activations, archives, collector, models, text
+from saeutils.kernels import files
+from saeutils.lm import activations, collector, models, text
 from saeutils.notebook import claims
 
 LM, LAYER, TOKENS, CONTEXT = "gemma-3-270m", 9, 240_000, 128  # four shards: what a notebook collects
@@ -25,8 +26,8 @@ LM, LAYER, TOKENS, CONTEXT = "gemma-3-270m", 9, 240_000, 128  # four shards: wha
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """An empty cache for activations."""
-    real = archives.cache_dir
-    monkeypatch.setattr(archives, "cache_dir", lambda *p: tmp_path if p[0] == "activations" else real(*p))
+    real = files.cache_dir
+    monkeypatch.setattr(files, "cache_dir", lambda *p: tmp_path if p[0] == "activations" else real(*p))
     return tmp_path
 
 

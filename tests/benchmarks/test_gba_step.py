@@ -5,8 +5,8 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 from torch.nn.functional import normalize
 
-from saeutils.saes import gba
 from saeutils.lm.models import default_device
+from saeutils.saes import gba
 
 D, N, L0, BATCH = 640, 8192, 64, 4096
 

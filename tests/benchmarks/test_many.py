@@ -17,7 +17,7 @@ BATCH, STEPS, D, N, K = 2048, 12, 640, 5120, 32
 
 @pytest.mark.parametrize("how_many", [1, 2, 4, 8])
 def test_cost_of_each(record, monkeypatch, how_many):
-    monkeypatch.setattr(activations, "SHARD_TOKENS", 8192)
+    monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=8192")
     data = text.load_text("wikipedia-summaries", max_docs=3000)
     stream = activations.stream(
         "gemma-3-270m", "blocks.9.hook_resid_post", data, batch_size=BATCH, buffer=1, normalise="scale"

@@ -17,9 +17,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch.nn.functional import normalize
 
 from saeutils import saes
-from saeutils.saes import alignsae, gba, initializers
 from saeutils.lm.models import default_device
-from saeutils.training import _Options, _Trainer
+from saeutils.saes import alignsae, gba, initializers
+from saeutils.training.loop import _Options, _Trainer
 
 BATCH = 4096
 SIZES = {"576 → 9,216, k 32": (576, 9216, 32), "768 → 12,288, k 64": (768, 12_288, 64), "2,048 → 16,384, k 64": (2048, 16_384, 64)}  # fmt: skip

@@ -1,10 +1,9 @@
-"""Widgets around the plots: they hold no logic, and use core ipywidgets common to versions 7.7 and 8."""
+"""The panels of the first edition: each shows what the notebook has measured, and answers to its controls."""
 
 from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from saeutils import steering
 from saeutils.analysis import features, language
+from saeutils.kernels import files
 from saeutils.notebook import plots
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -234,8 +234,8 @@ def label_panel(
         state.value = " · ".join(lines)
 
     def save() -> None:
-        path.with_suffix(".tmp").write_text(json.dumps(done, indent=0))
-        os.replace(path.with_suffix(".tmp"), path)
+        with files.whole(path) as tmp:
+            tmp.write_text(json.dumps(done, indent=0))
 
     def label(kind: str) -> None:
         if (key := current()) is not None:

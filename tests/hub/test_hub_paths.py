@@ -10,9 +10,10 @@ from pathlib import Path
 import hub
 import pytest
 
-from saeutils.lm import archives, models
+from saeutils.kernels import files
+from saeutils.lm import models
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 SCALES = ("colab", "paper")
 CAP = (
     "shard_tokens=6000,tokens=12000,docs=120,sentences=120,steps=20,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
@@ -47,7 +48,7 @@ def _environment(endpoint: str, folder: Path, cache: Path) -> dict[str, str]:
 
 @pytest.fixture
 def on_the_hub(endpoint, tmp_path):
-    return _environment(endpoint, tmp_path, archives.cache_dir())
+    return _environment(endpoint, tmp_path, files.cache_dir())
 
 
 RUN = """
@@ -76,8 +77,8 @@ def rehearsals(request, endpoint, stand_in, tmp_path_factory):
     for scale in SCALES:
         folder = tmp_path_factory.mktemp(scale)
         environments[scale] = _environment(endpoint, folder, folder)
-        for there in (Path(models.local_dir("gemma-3-270m")), archives.cache_dir("archives")):
-            shutil.copytree(there, folder / there.relative_to(archives.cache_dir()), copy_function=os.symlink)
+        for there in (Path(models.local_dir("gemma-3-270m")), files.cache_dir("archives")):
+            shutil.copytree(there, folder / there.relative_to(files.cache_dir()), copy_function=os.symlink)
     # LLM-jp's checkpoints are on no hub: they come as folders
     environments["paper"]["SAEUTILS_CHECKPOINTS"] = str(stand_in / "llm-jp-3-1.8b")
     for item in request.session.items:  # what was asked for, in its order

@@ -20,15 +20,14 @@ from scipy.optimize import minimize
 
 from saeutils import metrics
 from saeutils.kernels import optim
-from saeutils.saes import initializers
-from saeutils.training import resampling
 from saeutils.saes import (
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
+    initializers,
 )
-from saeutils.training import train
+from saeutils.training import resampling, train
 
 
 def _relu(rows, d_sae=256, l1=1.0):
@@ -279,6 +278,6 @@ for keep in (False, True):
     print(full - held() > 2**26)
 """
     out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     ).stdout
     assert out.split() == ["True", "False"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saeutils.analysis import embeddings, language
-from saeutils.lm import archives
+from saeutils.kernels import files
 from saeutils.notebook import widgets
 
 
@@ -121,7 +121,7 @@ def test_words_are_put_together():
 
 
 def test_shipped_labels_are_whole():
-    labels = json.loads((archives.data_dir() / "granularity_labels.json").read_text())
+    labels = json.loads((files.data_dir() / "granularity_labels.json").read_text())
     assert len(labels) >= 200 and {entry["label"] for entry in labels} == set(language.GRANULARITIES)
     assert all(len(entry["texts"]) >= 2 for entry in labels)
 

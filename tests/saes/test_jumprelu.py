@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.sae import TrainStepInput
 
+from saeutils.kernels import files
 from saeutils.lm import archives
 from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
 from saeutils.training import train
@@ -63,7 +64,7 @@ def test_sparse_pass_equals_dense_autograd(d, n, batch, bandwidth, shift, seed, 
 def reference():
     """``dictionary_learning.trainers.jumprelu`` out of the pinned wheel, without the package's own imports."""
     with zipfile.ZipFile(io.BytesIO(archives.fetch("dictionary-learning").read_bytes())) as wheel:
-        folder = archives.cache_dir("dictionary-learning")
+        folder = files.cache_dir("dictionary-learning")
         wheel.extractall(folder)
     names = ("dictionary_learning", "dictionary_learning.trainers")
     for name in names:

@@ -8,7 +8,8 @@ from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 
 from saeutils import steering
 from saeutils.analysis import embeddings, interventions, quality, saebench
-from saeutils.lm import activations, archives, models, text
+from saeutils.kernels import files
+from saeutils.lm import activations, models, text
 
 HOOK = "blocks.12.hook_resid_post"
 
@@ -136,7 +137,7 @@ def gemma():
 def test_facts_and_disentanglement(gemma):
     """Exchanging everything changes every answer, so with the coordinates as dictionary the extremes are known."""
     cities = (
-        pd.read_csv(archives.data_dir() / "cities.csv")
+        pd.read_csv(files.data_dir() / "cities.csv")
         .rename(columns={"city": "name"})
         .sample(40, random_state=0)
         .to_dict("records")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from saeutils import steering
-from saeutils.lm import archives, models, pretraining, text
+from saeutils.kernels import files
+from saeutils.lm import models, pretraining, text
 from saeutils.worlds import bilingual
 
 
@@ -76,7 +77,7 @@ def test_training_resumes_where_it_was_killed(tmp_path, halves, tokenizer, monke
 
 
 def test_the_shipped_model_speaks_both_languages():
-    found = models.checkpoints(str(archives.data_dir() / "bilingual-lm"))
+    found = models.checkpoints(str(files.data_dir() / "bilingual-lm"))
     assert list(found) == [16, 64, 250, 1000, 4000]
     lm = models.load_lm(**found[4000], dtype=torch.float32, device="cpu")
     _, heldout = bilingual.split_pairs(text.load_text("tatoeba"), held_out=4000)

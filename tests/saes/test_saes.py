@@ -18,9 +18,9 @@ from saeutils.saes import (
     SparseStandardTrainingSAEConfig,
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
-    aux_loss,
 )
-from saeutils.training import _Options, _Trainer
+from saeutils.saes.base import aux_loss
+from saeutils.training.loop import _Options, _Trainer
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 

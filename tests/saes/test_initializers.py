@@ -8,11 +8,10 @@ from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEC
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from saeutils.lm import models
-from saeutils.saes import initializers
 from saeutils.analysis.matching import match
+from saeutils.lm import models
 from saeutils.metrics import evaluate
-from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
+from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig, initializers
 
 
 def _jumprelu(d=640, n=1024, l0=20.0):

@@ -10,10 +10,11 @@ import nbformat
 import pandas as pd
 import pytest
 
+from saeutils.kernels import files
 from saeutils.lm import archives
 from saeutils.notebook import claims, publish, scales
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TOP = {
     "README.md",
@@ -147,7 +148,7 @@ def test_bootstrap_covers_the_mean():
 def test_card_of_the_shipped_sae():
     from sae_lens import SAE
 
-    folder = archives.data_dir() / "sae-gemma-3-270m-block12"
+    folder = files.data_dir() / "sae-gemma-3-270m-block12"
     sae = SAE.load_from_disk(folder)
     card = json.loads((folder / "card.json").read_text())
     assert sae.cfg.architecture() == "topk" and sae.cfg.d_sae <= 8192 and sae.cfg.d_in == 640

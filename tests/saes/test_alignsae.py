@@ -14,8 +14,8 @@ from scipy.stats import entropy
 
 from saeutils import metrics
 from saeutils.kernels import sparse
-from saeutils.saes import alignsae, initializers
-from saeutils.training import train
+from saeutils.saes import alignlosses, alignsae, initializers
+from saeutils.training import stages, train
 
 NAMES = ["birth city", "major", "pet"]
 
@@ -47,7 +47,7 @@ def test_decorrelation_equals_the_full_matrix(batch, r, free, seed):
     slots = torch.rand(batch, r, generator=g, dtype=torch.double)
     a = torch.randn(batch, free, generator=g, dtype=torch.double).requires_grad_()
     b = a.detach().clone().requires_grad_()
-    ours, theirs = alignsae.decorrelation(slots, a, eps=0), naive_decorrelation(slots, b)
+    ours, theirs = alignlosses.decorrelation(slots, a, eps=0), naive_decorrelation(slots, b)
     torch.testing.assert_close(ours, theirs)
     ours.backward()
     theirs.backward()
@@ -57,8 +57,8 @@ def test_decorrelation_equals_the_full_matrix(batch, r, free, seed):
 def test_decorrelation_ignores_latents_that_never_fire():
     slots, free = torch.rand(30, 2), torch.rand(30, 4)
     dead = torch.cat([free, torch.zeros(30, 3)], dim=1).requires_grad_()
-    loss = alignsae.decorrelation(slots, dead)
-    torch.testing.assert_close(loss, alignsae.decorrelation(slots, free))
+    loss = alignlosses.decorrelation(slots, dead)
+    torch.testing.assert_close(loss, alignlosses.decorrelation(slots, free))
     loss.backward()
     assert torch.isfinite(dead.grad).all() and not dead.grad[:, 4:].any()
 
@@ -72,8 +72,8 @@ def test_decorrelation_from_active_latents_alone(batch, r, free, share, seed):
     dense = (dense * (torch.rand(batch, free, generator=g) < share)).requires_grad_()
     row, latent = dense.detach().nonzero(as_tuple=True)
     values = dense.detach()[row, latent].requires_grad_()
-    ours = alignsae.sparse_decorrelation(slots, values, row, latent, free)
-    theirs = alignsae.decorrelation(slots, dense)
+    ours = alignlosses.sparse_decorrelation(slots, values, row, latent, free)
+    theirs = alignlosses.decorrelation(slots, dense)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
     if len(row):
         ours.backward()
@@ -106,7 +106,7 @@ def test_decorrelation_never_builds_more_than_its_block():
     slots, free = torch.rand(4, 6), torch.rand(4, 100_000).requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        alignsae.decorrelation(slots, free).backward()
+        alignlosses.decorrelation(slots, free).backward()
     own = {t.data_ptr(): t.numel() for t in saved if t.data_ptr() != free.data_ptr()}
     assert sum(own.values()) < 6 * 6 * 100_000 and free.grad.shape == free.shape
 
@@ -134,7 +134,7 @@ def test_losses_of_stage_2_are_the_formulas():
 def test_two_stages_bind_and_a_plain_sae_does_not():
     x, relation, answer = world()
     saes = {"aligned": make(), "plain": make(bind=0, decorrelate=0, value=0)}
-    history = alignsae.fit(saes, x, relation, answer, stages=(30, 120), batch=80, lr=5e-3, progress=False)
+    history = stages.fit(saes, x, relation, answer, stages=(30, 120), batch=80, lr=5e-3, progress=False)
     right = {name: (sae.encode(x)[:, :3].argmax(1) == relation).float().mean() for name, sae in saes.items()}
     assert right["aligned"] > 0.98 and right["plain"] < 0.9
     assert set(history.stage) == {1, 2} and history.step.max() == 150
@@ -146,10 +146,10 @@ def test_a_dead_slot_is_woken_between_the_stages():
     sae = make()
     sae.b_enc.data[1] = -50
     before = sae.W_enc[:, [0, 2]].clone()
-    assert alignsae.wake(sae, x, relation) == [NAMES[1]]
+    assert stages.wake(sae, x, relation) == [NAMES[1]]
     assert float((sae.encode(x)[relation == 1, 1] > 0).float().mean()) > 0.9
     torch.testing.assert_close(sae.W_enc[:, [0, 2]], before)
-    assert alignsae.wake(make(bind=0), x, relation) == []
+    assert stages.wake(make(bind=0), x, relation) == []
 
 
 def test_stage_1_alone_is_a_standard_sae():
@@ -159,8 +159,8 @@ def test_stage_1_alone_is_a_standard_sae():
     theirs = StandardTrainingSAE(cfg)
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         getattr(theirs, name).data.copy_(getattr(ours, name).data)
-    alignsae.fit({"": ours}, x, relation, answer, stages=(20, 0), batch=60, progress=False)
-    batches = alignsae.labelled([], x, relation, answer, 60)
+    stages.fit({"": ours}, x, relation, answer, stages=(20, 0), batch=60, progress=False)
+    batches = stages.labelled([], x, relation, answer, 60)
     train(theirs, batches, 20, lr=2e-3, progress=False)
     torch.testing.assert_close(ours.W_dec, theirs.W_dec)
 
@@ -168,7 +168,7 @@ def test_stage_1_alone_is_a_standard_sae():
 @pytest.mark.parametrize("free_k, architecture", [(None, "standard"), (4, "alignsae")])
 def test_saves_and_loads_as_a_saelens_sae(tmp_path, free_k, architecture):
     sae, (x, relation, answer) = make(free_k=free_k), world()
-    alignsae.fit({"": sae}, x, relation, answer, stages=(5, 5), batch=60, progress=False)
+    stages.fit({"": sae}, x, relation, answer, stages=(5, 5), batch=60, progress=False)
     initializers.fold_scale(sae, 0.5)
     sae.save_inference_model(tmp_path)
     loaded = SAE.load_from_disk(tmp_path)
@@ -192,27 +192,27 @@ def test_a_killed_run_goes_on_with_the_right_labels(tmp_path, at):
     x, relation, answer = world()
     settings_ = {"stages": (5, 9), "batch": 60, "progress": False, "checkpoint_every": 2}
     whole, broken = make(), make()
-    alignsae.fit({"a": whole}, x, relation, answer, **settings_)
+    stages.fit({"a": whole}, x, relation, answer, **settings_)
 
     def dies(step, *_):
         if step == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        alignsae.fit({"a": broken}, x, relation, answer, checkpoint=tmp_path, callback=dies, log_every=1, **settings_)
+        stages.fit({"a": broken}, x, relation, answer, checkpoint=tmp_path, callback=dies, log_every=1, **settings_)
     again = make(seed=3)
-    alignsae.fit({"a": again}, x, relation, answer, checkpoint=tmp_path, **settings_)
+    stages.fit({"a": again}, x, relation, answer, checkpoint=tmp_path, **settings_)
     assert torch.equal(again.W_enc, whole.W_enc)
 
 
 def test_new_slots_leave_the_old_ones_alone():
     x, relation, answer = world()
     sae = make()
-    alignsae.fit({"": sae}, x, relation, answer, stages=(10, 60), batch=80, lr=5e-3, progress=False)
+    stages.fit({"": sae}, x, relation, answer, stages=(10, 60), batch=80, lr=5e-3, progress=False)
     more = alignsae.extended(sae, ["hobby"], answers=5)
     torch.testing.assert_close(more.encode(x), sae.encode(x))
     before = more.W_enc[:, :3].clone(), more.W_dec[:3].clone(), more.b_enc[:3].clone()
-    alignsae.fit({"": more}, x, torch.full_like(relation, 3), answer, stages=(0, 20), batch=80, progress=False)
+    stages.fit({"": more}, x, torch.full_like(relation, 3), answer, stages=(0, 20), batch=80, progress=False)
     for was, weight in zip(before, (more.W_enc[:, :3], more.W_dec[:3], more.b_enc[:3])):
         torch.testing.assert_close(weight, was)
     torch.testing.assert_close(more.encode(x)[:, :3], sae.encode(x)[:, :3])
@@ -244,13 +244,13 @@ def test_swap_adds_the_difference_of_two_decodes():
 def test_what_is_refused():
     x, relation, answer = world()
     with pytest.raises(ValueError, match="relations run to 3, the SAE has 3 slots"):
-        alignsae.labelled([make()], x, relation + 1, answer, 10)
+        stages.labelled([make()], x, relation + 1, answer, 10)
     with pytest.raises(ValueError, match="240 rows, 240 relations and 9 answers"):
-        alignsae.labelled([make()], x, relation, answer[:9], 10)
+        stages.labelled([make()], x, relation, answer[:9], 10)
     with pytest.raises(ValueError, match="answers run to 9, the value head tells 5 apart"):
-        alignsae.labelled([make()], x, relation, answer + 5, 10)
+        stages.labelled([make()], x, relation, answer + 5, 10)
     with pytest.raises(ValueError, match="orders shuffles rows away"):
-        alignsae.fit({"a": make()}, x, relation, answer, orders={"a": 1})
+        stages.fit({"a": make()}, x, relation, answer, orders={"a": 1})
     with pytest.raises(ValueError, match="at least two different names"):
         alignsae.AlignTrainingSAEConfig(d_in=8, d_sae=20, slots=["a", "a"])
     with pytest.raises(ValueError, match="free_k=30"):

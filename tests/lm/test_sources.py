@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from saeutils.kernels import files
 from saeutils.lm import archives, models, text
 
 
@@ -21,7 +22,7 @@ def test_fetch_verifies_and_replaces_a_damaged_file(empty_cache, capsys):
     assert path.parent == empty_cache / "archives"
     path.write_bytes(path.read_bytes()[:1000])
     assert (
-        archives.sha256_of(archives.fetch("korean-rnd-regs-mcp")) == archives.pinned()["korean-rnd-regs-mcp"]["sha256"]
+        files.sha256_of(archives.fetch("korean-rnd-regs-mcp")) == archives.pinned()["korean-rnd-regs-mcp"]["sha256"]
     )
     assert "damaged: fetching it again" in capsys.readouterr().out
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written stays

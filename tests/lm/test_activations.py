@@ -8,7 +8,8 @@ import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 
-from saeutils.lm import activations, archives, models, text
+from saeutils.kernels import files
+from saeutils.lm import activations, models, text
 from saeutils.lm.collector import Collector, Windows, parse_hook, pools, tokenize
 
 HOOK = "blocks.1.hook_resid_post"
@@ -22,7 +23,7 @@ def wiki():
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """An empty cache for activations; models and archives stay where they are."""
-    real = archives.cache_dir
+    real = files.cache_dir
 
     def cache_dir(*parts):
         if parts[0] != "activations":
@@ -31,7 +32,7 @@ def cached(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    monkeypatch.setattr(archives, "cache_dir", cache_dir)
+    monkeypatch.setattr(files, "cache_dir", cache_dir)
     return tmp_path
 
 
@@ -85,7 +86,7 @@ def test_cache_key_covers_every_input(wiki, cached):
 
 
 def test_interrupted_and_damaged_collections_go_on(wiki, cached, monkeypatch):
-    monkeypatch.setattr("saeutils.lm.collector.SHARD_TOKENS", 1500)
+    monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=1500")
     original, calls = Collector.rows, []
 
     def rows(self, *args):
@@ -161,7 +162,7 @@ def test_stream_gives_the_same_kind_of_rows(wiki):
 def test_stream_holds_its_pool_and_reads_no_further(wiki, monkeypatch):
     read, real = [], Dataset.select
     monkeypatch.setattr(Dataset, "select", lambda self, rows: (read.append(len(rows)), real(self, rows))[1])
-    monkeypatch.setattr(activations, "SHARD_TOKENS", 2000)
+    monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=2000")
     large = concatenate_datasets([wiki] * 60)  # 9,000 documents
     stream = activations.stream("gemma-3-270m", HOOK, large, batch_size=256, context=64, buffer=2)
     seen = torch.cat([next(stream) for _ in range(12)])
@@ -171,7 +172,7 @@ def test_stream_holds_its_pool_and_reads_no_further(wiki, monkeypatch):
 
 @pytest.mark.parametrize("buffer, batch_size", [(1, 500), (1, 2000), (2, 1999), (3, 64)])
 def test_stream_never_overflows_its_pool(wiki, monkeypatch, buffer, batch_size):
-    monkeypatch.setattr(activations, "SHARD_TOKENS", 2000)
+    monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=2000")
     stream = activations.stream("gemma-3-270m", HOOK, wiki, batch_size=batch_size, context=64, buffer=buffer)
     for batch in islice(stream, 30_000 // batch_size):
         assert batch.shape == (batch_size, 640)

@@ -1,0 +1,12 @@
+"""Where rows come from: language models, text, and activations at a hook point."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "activations": ["Activations", "collect", "stream"],
+        "models": ["checkpoints", "default_device", "load_hf", "load_lm", "located"],
+        "text": ["labelled_tasks", "load_text"],
+    },
+)

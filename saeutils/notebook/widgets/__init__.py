@@ -1,0 +1,8 @@
+"""Panels around the plots: they hold no logic, and use core ipywidgets common to versions 7.7 and 8."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={"panels": ["history_panel", "label_panel", "latent_panel", "match_panel", "steering_panel"]},
+)

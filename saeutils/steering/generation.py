@@ -1,0 +1,68 @@
+"""Text from a language model while edits act on it: greedy or sampled, batched by prompt length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saeutils.steering.edits import Edit, edited
+
+if TYPE_CHECKING:  # late: it takes seconds to import
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def same_length(ids: Sequence[Tensor], size: int) -> Iterator[list[int]]:
+    """Numbers of prompts of one length, up to ``size`` at a time, the shortest first: nothing needs padding."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    while order:
+        batch = [i for i in order[:size] if len(ids[i]) == len(ids[order[0]])]
+        order = order[len(batch) :]
+        yield batch
+
+
+@torch.no_grad()
+def generate(
+    lm: TransformerBridge, prompts: Sequence[str], edits: Iterable[Edit] = (), *, tokens: int = 24,
+    temperature: float = 0.0, samples: int = 1, seed: int = 0, batch_size: int = 64,
+) -> list[list[str]]:  # fmt: skip
+    """Continuations: for every prompt a list of ``samples`` texts (the prompt not included).
+
+    Prompts of equal token length share a batch, so nothing is padded. Temperature 0 is greedy; sampling is seeded, and
+    leaves the global random state as it was.
+    """
+    if not prompts or any(not p for p in prompts):
+        raise ValueError("give at least one prompt, none of them empty")
+    ids = [lm.to_tokens(p)[0] for p in prompts for _ in range(samples)]
+    out: list[str] = [""] * len(ids)
+    devices = [lm.cfg.device] if str(lm.cfg.device).startswith("cuda") else []
+    with torch.random.fork_rng(devices=devices), edited(lm, edits):
+        torch.manual_seed(seed)
+        for batch in same_length(ids, batch_size):
+            made = continued(lm, torch.stack([ids[i] for i in batch]), tokens, temperature)
+            for i, row in zip(batch, made):
+                out[i] = lm.tokenizer.decode(row, skip_special_tokens=True)
+    return [out[i : i + samples] for i in range(0, len(out), samples)]
+
+
+@torch.no_grad()
+def continued(lm: TransformerBridge, ids: Tensor, tokens: int, temperature: float = 0.0) -> Tensor:
+    """Token ids [batch, prompt] → the tokens that follow [batch, tokens], with a key-value cache; greedy at temperature 0.
+
+    Samples by inverting the cumulative distribution, one uniform number a row: over Gemma's 262k tokens this takes half the
+    time of ``lm.generate``, which draws one number a token of the vocabulary.
+    """
+    made, cache = [], None
+    for _ in range(tokens):
+        out = lm.original_model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, logits = out.past_key_values, out.logits[:, -1].float()  # [batch, vocabulary]
+        if temperature:
+            mass = (logits / temperature).softmax(-1).cumsum(-1)
+            u = torch.rand(len(mass), 1, device=mass.device) * mass[:, -1:]
+            ids = torch.searchsorted(mass, u).clamp_max(mass.shape[1] - 1)
+        else:
+            ids = logits.argmax(-1, keepdim=True)
+        made.append(ids)
+    return torch.cat(made, dim=1)
