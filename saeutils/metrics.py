@@ -63,7 +63,7 @@ def decoder_cosines(W_dec: Tensor, rows: int | None = None, seed: int = 0, block
 
 
 def orthogonality(W_dec: Tensor, rows: int | None = None, seed: int = 0) -> dict[str, float]:
-    """Mean and maximum |cos| between different decoder rows; see :func:`decoder_cosines` for ``rows``."""
+    """Mean and maximum |cos| between different rows of W_dec [n, d]; see :func:`decoder_cosines` for ``rows``."""
     total, count, largest = 0.0, 0, 0.0
     for cosines in decoder_cosines(W_dec, rows, seed):
         total += float(cosines.double().sum())
@@ -155,7 +155,7 @@ def difference(
 ) -> Interval:
     """Statistic of ``values`` less that of ``control``, and its 95% interval; arguments as for :func:`interval`.
 
-    ``paired``: row i of both is the same unit (t over the differences); else Welch's t. Of shares the variance is at least
+    ``paired``: row i of both [units, …] is the same unit (t over the differences); else Welch's t. Of shares the variance is at least
     the binomial one (Agresti & Caffo 2000). It is never one interval less another.
     """
     values, control = np.asarray(values, dtype=float), np.asarray(control, dtype=float)

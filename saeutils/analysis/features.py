@@ -137,7 +137,7 @@ def _final_norm(lm: TransformerBridge) -> tuple[Tensor, bool]:
 
 
 def token_table(lm: TransformerBridge, direction: Tensor, n: int = 10) -> pd.DataFrame:
-    """Tokens that a direction promotes and suppresses most."""
+    """The ``n`` tokens that a direction [d] promotes and suppresses most, see :func:`promoted`; columns ``promotes``, ``suppresses``."""
     logits = promoted(lm, direction)
     columns = {}
     for name, sign in (("promotes", 1), ("suppresses", -1)):

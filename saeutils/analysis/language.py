@@ -174,6 +174,9 @@ def signals(latents: Sequence[Sequence[Text]]) -> np.ndarray:
     decile of the cosines of two texts around their peaks (theme: with different peak tokens). before, after: share of the
     peak's commonest neighbour. bilingual: how evenly peaks divide between two languages, 0 … 1. Cosines are those of
     multilingual sentence embeddings, less the mean word and the mean context.
+
+    Raises:
+        ValueError: a latent with fewer than two texts that activate it.
     """
     peaks = [[_around(*found) for text in latent if (found := _peak(text))] for latent in latents]
     if short := [i for i, p in enumerate(peaks) if len(p) < 2]:

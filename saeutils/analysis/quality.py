@@ -44,7 +44,7 @@ def linear_probe(x: Array, y: Array) -> tuple[Array, float]:
 
 
 def accuracy(probe: tuple[Array, float], x: Array, y: Array) -> float:
-    """Share of rows on the right side of a probe."""
+    """Share of rows x [n, d] on the right side of a probe (w [d], b); y [n] is positive for the one class."""
     return float(((x @ probe[0] + probe[1] > 0) == (y > 0)).mean())
 
 
@@ -97,7 +97,7 @@ def tpp(x: Array, z: Array, W_dec: Array, y: Array, train: Array, n: int) -> flo
     max(Δz̄_i, 0)·(w_c·d_i). Unlike SAEBench, clean and ablated accuracy share their negatives.
 
     Args:
-        y: class of each row, 0…C−1. Others as in :func:`scr`.
+        y: class of each row, 0…C−1, [n]. Others as in :func:`scr`.
     """
     classes, rng = np.unique(y), np.random.default_rng(0)
     test, probes, rows, tops = ~train, {}, {}, {}

@@ -90,8 +90,6 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
         self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(d_sae, d_in, **kind), dim=1))
         self.b_dec = nn.Parameter(torch.zeros(d_in, **kind))
         self.amplitude = nn.Parameter(torch.ones(d_sae, **kind))
-        groups = torch.tensor(self.cfg.frequencies, **kind)
-        self.register_buffer("target", groups.repeat_interleave(d_sae // len(groups)), persistent=False)  # [d_sae]
         self.register_buffer("b_enc", torch.zeros(d_sae, **kind))
         for name, size in (("fired", d_sae), ("largest", d_sae), ("seen", 1)):  # float32: bf16 cannot count
             self.register_buffer(name, torch.zeros(size, device=self.device))
@@ -99,6 +97,12 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
     @property
     def W_enc(self) -> Tensor:
         return self.W_dec.T
+
+    @property
+    def target(self) -> Tensor:
+        """Target frequency of each latent, [d_sae]; from the settings, as SAELens loads onto a device without memory first."""
+        groups = self.b_enc.new_tensor(self.cfg.frequencies)
+        return groups.repeat_interleave(self.cfg.d_sae // len(groups))
 
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
         return {}

@@ -222,7 +222,7 @@ def start_jumprelu(
 
 @torch.no_grad()
 def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
-    """Make an SAE trained on (x − shift)·scale take x itself, in place; decoder norms stay, latents shrink by 1/scale.
+    """Make an SAE trained on (x − shift)·scale, shift [d_in], take x itself, in place; decoder norms stay, latents shrink by 1/scale.
 
     Exact for encoders that are positively homogeneous in (input, bias), such as ReLU and TopK:
     f(s·z; b) = s·f(z; b/s). Thresholds, where there are any, shrink with the biases.

@@ -78,7 +78,11 @@ def add(hook: str, direction: Tensor, strength: float = 1.0, positions: Position
 
 
 def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: Positions = AFTER_BOS) -> Edit:
-    """x ← x + decode(change(f)) − decode(f) with f = encode(x) [n, d_sae]; ``change`` returns new activations."""
+    """x ← x + decode(change(f)) − decode(f) with f = encode(x) [n, d_sae]; ``change`` returns new activations.
+
+    Raises:
+        ValueError: the SAE was trained at another hook point.
+    """
     if (trained_at := sae.cfg.metadata.hook_name) and trained_at != hook:
         raise ValueError(f"the SAE was trained at {trained_at}, not at {hook}")
 

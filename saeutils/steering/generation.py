@@ -32,6 +32,9 @@ def generate(
 
     Prompts of equal token length share a batch, so nothing is padded. Temperature 0 is greedy; sampling is seeded, and
     leaves the global random state as it was.
+
+    Raises:
+        ValueError: no prompt, or an empty one; edits at hook points that the model lacks.
     """
     if not prompts or any(not p for p in prompts):
         raise ValueError("give at least one prompt, none of them empty")

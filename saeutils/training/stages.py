@@ -52,10 +52,17 @@ def fit(
     saes: dict[str, AlignTrainingSAE], x: Tensor, relation: Tensor, answer: Tensor, *, stages: tuple[int, int] = (120, 300),
     batch: int = 600, lr: float = 2e-3, seed: int = 0, checkpoint: str | Path | None = None, **settings,
 ) -> pd.DataFrame:  # fmt: skip
-    """Both stages, in place, all SAEs on one stream: steps of reconstruction alone, then with the labels.
+    """Both stages, in place, all SAEs on one stream: steps of reconstruction alone, then with the labels (section 2.2).
 
     Slots that stage 1 has left (nearly) dead are woken between the two, see :func:`wake`. ``settings`` go to
     :func:`saeutils.training.train`, whose history this returns with a column ``stage``.
+
+    Args:
+        x, relation, answer: rows [n, d] and, of each, which slot it belongs to and which answer it has, [n].
+        stages: steps of the first and of the second stage.
+
+    Raises:
+        ValueError: ``orders`` (labels would lose their rows), or what ``labelled`` and ``train`` refuse.
     """
     if settings.get("orders"):
         raise ValueError("orders shuffles rows away from their labels: leave it out")
@@ -84,7 +91,7 @@ def fit(
 
 @torch.no_grad()
 def wake(sae: AlignTrainingSAE, x: Tensor, relation: Tensor, share: float = 0.1) -> list[str]:
-    """Redraw slots that fire on less than ``share`` of their concept's rows, in place; returns their names.
+    """Redraw slots that fire on less than ``share`` of their concept's rows x [n, d], in place; returns their names.
 
     A silent ReLU passes no gradient, so a slot that died in stage 1 can never be bound (not in the paper, whose code has
     linear codes). It gets the direction from the mean of all rows to its concept's, for encoder and decoder.

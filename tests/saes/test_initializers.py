@@ -2,16 +2,24 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
+from scipy.optimize import minimize
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from saeutils.analysis.matching import match
 from saeutils.lm import models
 from saeutils.metrics import evaluate
-from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig, initializers
+from saeutils.saes import (
+    SparseJumpReLUTrainingSAE,
+    SparseJumpReLUTrainingSAEConfig,
+    SparseTopKTrainingSAE,
+    SparseTopKTrainingSAEConfig,
+    initializers,
+)
 
 
 def _jumprelu(d=640, n=1024, l0=20.0):
@@ -113,3 +121,21 @@ def test_calibrated_sae_starts_at_its_l0(rows, start):
         initializers.calibrate(sae, x[:1000], 3000)
     with pytest.raises(ValueError, match="has no thresholds"):
         initializers.calibrate(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=640, d_sae=8)), x, 4)
+
+
+def test_geometric_median_is_the_minimiser():
+    x = torch.randn(60, 3, dtype=torch.double) ** 3
+    best = minimize(lambda m: np.linalg.norm(x.numpy() - m, axis=1).sum(), x.mean(0).numpy(), tol=1e-12)
+    assert np.allclose(initializers.geometric_median(x, 1000, 1e-12).numpy(), best.x, atol=1e-4)
+
+
+def test_fold_scale_is_exact(rows):
+    raw, shift, scale = rows * 7 + 3, torch.full((640,), 3.0), 1 / 7
+    torch.manual_seed(0)
+    sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=640, d_sae=512, k=8))
+    with torch.no_grad():
+        sae.b_enc.normal_()
+        sae.b_dec.normal_()
+    inside = sae((raw[:50] - shift) * scale) / scale + shift
+    initializers.fold_scale(sae, scale, shift)
+    assert torch.allclose(sae(raw[:50]), inside, atol=1e-2)

@@ -1,6 +1,5 @@
 """train(): history, schedules, constraint, dead latents, and a run that is killed and goes on bit for bit."""
 
-import platform
 import shutil
 import signal
 import subprocess
@@ -9,23 +8,17 @@ import textwrap
 import time
 from functools import partial
 from itertools import count
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
-from scipy.optimize import minimize
 
-from saeutils import metrics
-from saeutils.kernels import optim
 from saeutils.saes import (
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
     SparseTopKTrainingSAE,
     SparseTopKTrainingSAEConfig,
-    initializers,
 )
 from saeutils.training import resampling, train
 
@@ -55,33 +48,6 @@ def test_history_schedule_and_constraint(rows):
     assert history["lr"].iloc[9] == pytest.approx(1e-3) and history["lr"].iloc[-1] < 1e-4  # up, then down
     assert history["lr"].iloc[0] < 3e-4
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(512), atol=1e-5)
-
-
-def test_gradient_is_tangential(rows):
-    sae = _topk()
-    ((sae(rows[:64]) - rows[:64]) ** 2).sum().backward()
-    from saeutils.kernels.optim import remove_parallel_gradient
-
-    full = sae.W_dec.grad.clone()
-    remove_parallel_gradient(sae.W_dec)
-    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-4 * full.norm()
-
-
-def test_geometric_median_is_the_minimiser():
-    x = torch.randn(60, 3, dtype=torch.double) ** 3
-    best = minimize(lambda m: np.linalg.norm(x.numpy() - m, axis=1).sum(), x.mean(0).numpy(), tol=1e-12)
-    assert np.allclose(initializers.geometric_median(x, 1000, 1e-12).numpy(), best.x, atol=1e-4)
-
-
-def test_fold_scale_is_exact(rows):
-    raw, shift, scale = rows * 7 + 3, torch.full((640,), 3.0), 1 / 7
-    sae = _topk()
-    with torch.no_grad():
-        sae.b_enc.normal_()
-        sae.b_dec.normal_()
-    inside = sae((raw[:50] - shift) * scale) / scale + shift
-    initializers.fold_scale(sae, scale, shift)
-    assert torch.allclose(sae(raw[:50]), inside, atol=1e-2)
 
 
 def test_anthropic_resampling_points_at_badly_reconstructed_inputs(rows):
@@ -175,28 +141,6 @@ def test_bad_input(rows, tmp_path):
         train(_topk(), batches, 4, lr=1e-5, warm_up=0, decay=0, checkpoint=tmp_path, progress=False)
 
 
-def test_orthogonality_of_random_rows():
-    W = torch.randn(3000, 256)
-    exact = metrics.orthogonality(W)
-    unit = torch.nn.functional.normalize(W, dim=1)
-    gram = (unit @ unit.T).abs().fill_diagonal_(0)
-    assert exact["mean"] == pytest.approx(float(gram.sum() / (3000 * 2999)), rel=1e-5)
-    assert exact["max"] == pytest.approx(float(gram.max()), rel=1e-5)
-    assert exact["mean"] == pytest.approx(metrics.random_orthogonality(256), rel=5e-3)
-    assert metrics.orthogonality(W, rows=300)["mean"] == pytest.approx(exact["mean"], rel=2e-2)
-
-
-def test_auroc_equals_scikit_learn():
-    from sklearn.metrics import roc_auc_score
-
-    rng = np.random.default_rng(0)
-    scores, labels = rng.integers(0, 5, (200, 7)).astype(float), rng.integers(0, 2, 200)
-    expected = [roc_auc_score(labels, column) for column in scores.T]
-    assert np.allclose(metrics.auroc(scores, labels), expected)
-    with pytest.raises(ValueError, match="both classes"):
-        metrics.auroc(scores, np.ones(200))
-
-
 def test_several_saes_on_one_stream(tmp_path, rows):
     """In lock-step each SAE ends where it would have ended alone, and a killed run goes on where all had got to."""
 
@@ -246,38 +190,3 @@ def test_batchtopk_goes_on_bit_for_bit(tmp_path, rows):
     train(resumed, batches, 10, checkpoint=tmp_path, checkpoint_every=5, progress=False)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "topk_threshold"):
         assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
-
-
-def test_column_major_weights_step_as_row_major_ones():
-    g = torch.Generator().manual_seed(0)
-    W, grads = torch.randn(5, 7, generator=g), torch.randn(3, 5, 7, generator=g)
-    weights = [torch.nn.Parameter(W.clone()), torch.nn.Parameter(W.T.contiguous().T)]
-    for weight in weights:
-        optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
-        for grad in grads:
-            weight.grad = grad.clone() if weight.is_contiguous() else grad.T.contiguous().T
-            with optim.row_major(optimizer):
-                optimizer.step()
-        assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
-    assert weights[1].stride() == (1, 5)
-    torch.testing.assert_close(*weights)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
-def test_freed_memory_is_kept_for_the_next_tensor():
-    code = """
-import psutil, torch
-from saeutils.kernels import memory
-held = lambda: psutil.Process().memory_info().rss
-for keep in (False, True):
-    if keep:
-        memory.reuse()
-    x = torch.ones(2**25)
-    full = held()
-    del x
-    print(full - held() > 2**26)
-"""
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    ).stdout
-    assert out.split() == ["True", "False"]

@@ -233,14 +233,10 @@ def label_panel(
                 lines.append(f"κ with {html.escape(name)} {kappa:.2f} on {len(both)}")
         state.value = " · ".join(lines)
 
-    def save() -> None:
-        with files.whole(path) as tmp:
-            tmp.write_text(json.dumps(done, indent=0))
-
     def label(kind: str) -> None:
         if (key := current()) is not None:
             done[key] = kind
-            save()
+            _save_labels(path, done)
         show()
 
     def on_key(change: dict) -> None:
@@ -252,7 +248,7 @@ def label_panel(
     def undo(_) -> None:
         if done:
             done.popitem()
-            save()
+            _save_labels(path, done)
         show()
 
     for kind, button in buttons.items():
@@ -261,6 +257,11 @@ def label_panel(
     back.on_click(undo)
     show()
     return w.VBox([w.HBox([*buttons.values(), typed, back]), state, texts])
+
+
+def _save_labels(path: Path, done: dict[str, str]) -> None:
+    with files.whole(path) as tmp:
+        tmp.write_text(json.dumps(done, indent=0))
 
 
 def _labels(path: Path) -> dict[str, str]:
