@@ -1,6 +1,9 @@
-"""Shared by all tests: two threads, a headless backend, and real rows to train on."""
+"""Shared by all tests: threads, a headless backend, who runs beside whom, and real rows to train on."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: workers with two threads each would wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the kernels that run the notebooks, too
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
@@ -12,7 +15,14 @@ import torch
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests compare with CPU arithmetic
 os.environ.setdefault("SAEUTILS_SCALE", "smoke")  # read by the kernels that run the notebooks
 matplotlib.use("Agg")
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cells of a notebook, and tests that share a module's fixtures, stay in one worker."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Where data and cache lie, and files that are there whole or not at all."""
+"""Where data and cache lie; files that are there whole or not at all; locks and keys."""
 
 import hashlib
 import json
@@ -6,7 +6,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+
+from filelock import FileLock
 
 PACKAGE = Path(__file__).resolve().parents[1]  # saeutils/, wherever it is installed
 
@@ -31,7 +34,13 @@ def cache_dir(*parts: str) -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """SHA-256 of a file's bytes, hexadecimal; read again only when its size or time has changed."""
+    known = path.stat()
+    return _sha256(path, known.st_size, known.st_mtime_ns, known.st_ino)
+
+
+@lru_cache(4096)
+def _sha256(path: Path, *_known: int) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -40,6 +49,11 @@ def key(*parts: object) -> str:
     """Sixteen hexadecimal digits that stand for all of ``parts``, whatever the order of a dict's entries."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def lock(*parts: object) -> FileLock:
+    """For a ``with``: what ``parts`` name is made by one process of this machine at a time; a dead one holds nothing."""
+    return FileLock(cache_dir("locks") / f"{key(*parts)}.lock")
 
 
 @contextmanager

@@ -63,10 +63,18 @@ def collect(
     """
     settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
     folder = files.cache_dir("activations", _key(lm, hook, text, load, **settings))
+    with files.lock("activations", folder.name):
+        acts = Activations(folder)
+        damaged = acts.damaged()  # hashes every shard: once
+        if not acts.meta.get("complete") or damaged:
+            _fill(folder, damaged, lm, hook, text, settings, load)
+        return Activations(folder)
+
+
+def _fill(folder: Path, damaged: set[str], lm: str, hook: str, text: Dataset, settings: dict, load: dict) -> None:
+    """Collect the shards that are missing or damaged."""
     acts = Activations(folder)
-    damaged = acts.damaged()  # hashes every shard: once
-    if acts.meta.get("complete") and not damaged:
-        return acts
+    n_tokens, context, outlier, seed, batch_tokens = settings.values()
     collector = Collector(lm, hook, batch_tokens, **load)
     windows = tokenize(text, collector.tokenizer, context, n_tokens, seed)
     cut = pools(windows, seed)
@@ -83,7 +91,6 @@ def collect(
                 _write_json(folder / "meta.json", {**meta, "d": rows["x"].shape[1]})
                 bar.update(sum(len(windows.tokens[i]) for i in pool))
     _write_json(folder / "meta.json", {**Activations(folder).meta, "complete": True})
-    return Activations(folder)
 
 
 def _shard(n: int) -> str:

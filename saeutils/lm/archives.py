@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from saeutils.kernels.files import cache_dir, data_dir, sha256_of
+from saeutils.kernels.files import cache_dir, data_dir, lock, sha256_of
 
 
 @cache
@@ -41,7 +41,11 @@ def fetch(name: str) -> Path:
     """
     if name not in pinned():
         raise ValueError(f"no pinned archive {name!r}; data/archives.json has {sorted(pinned())}")
-    pin = pinned()[name]
+    with lock("archive", name):
+        return _fetched(name, pinned()[name])
+
+
+def _fetched(name: str, pin: dict) -> Path:
     target = cache_dir("archives") / pin["file"]
     if target.exists():
         if target.stat().st_size == pin["size"] and sha256_of(target) == pin["sha256"]:

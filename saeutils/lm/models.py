@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +72,11 @@ def local_dir(name: str) -> Path:
     Weights are stored in bfloat16, the precision in which both models were published. A folder whose weights fail
     their recorded SHA-256 is converted again.
     """
-    folder = files.cache_dir("models") / name
+    with files.lock("model", name):
+        return _converted(name, files.cache_dir("models") / name)
+
+
+def _converted(name: str, folder: Path) -> Path:
     stamp = folder / "sha256.json"
     if stamp.exists():
         expected = json.loads(stamp.read_text())
@@ -135,6 +141,13 @@ def load_hf(
         ValueError: the model is unknown, gated without a token, has fewer layers than asked for or another's tokenizer.
         ConnectionError: the hub is out of reach.
     """
+    return _load(name, False, layers, dtype, device, revision)
+
+
+def _load(
+    name: str, bos: bool, layers: int | None, dtype: torch.dtype | None, device: str | None, revision: str | None
+) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """``bos``: the tokenizer shall put BOS in front by itself, as a bridge's does."""
     device = device or default_device()
     dtype = dtype or default_dtype(device)
     source = located(name)
@@ -144,7 +157,7 @@ def load_hf(
         config = AutoConfig.from_pretrained(source, revision=revision)
         if layers is not None:
             _truncate(config, layers, name)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = _tokenizer(source, revision, bos)
         model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, revision=revision)
     if tokenizer.vocab_size > (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(
@@ -152,6 +165,20 @@ def load_hf(
             "folder its own tokenizer files"
         )
     return model.to(device).eval(), tokenizer
+
+
+def _tokenizer(source: str, revision: str | None, bos: bool) -> transformers.PreTrainedTokenizerBase:
+    """Read once a process (Gemma's takes three seconds) and copied; what a bridge would change, as it lacks tokens, is not shared."""
+    folder = Path(source)
+    written = (folder / "tokenizer.json").stat().st_mtime_ns if (folder / "tokenizer.json").exists() else None
+    found = _read_tokenizer(source, revision, bos, written)
+    complete = None not in (found.bos_token, found.eos_token, found.pad_token)
+    return copy.copy(found) if complete else copy.deepcopy(found)
+
+
+@lru_cache(8)
+def _read_tokenizer(source: str, revision: str | None, bos: bool, _written: int | None):
+    return AutoTokenizer.from_pretrained(source, revision=revision, **({"add_bos_token": True} if bos else {}))
 
 
 def _truncate(config: transformers.PretrainedConfig, layers: int, name: str) -> None:
@@ -222,11 +249,19 @@ def checkpoints(source: str, wanted: Sequence[int] = ()) -> dict[int, dict[str, 
     return {step: found[step] for step in sorted(found) if not wanted or step in wanted}
 
 
-def load_lm(name: str, **kwargs) -> TransformerBridge:
-    """A TransformerBridge (hooks, weights, steering) over :func:`load_hf`; takes the same arguments."""
+def load_lm(
+    name: str,
+    *,
+    layers: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+) -> TransformerBridge:
+    """A TransformerBridge (hooks, weights, steering) over the model of :func:`load_hf`; takes the same arguments."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    model, tokenizer = load_hf(name, **kwargs)
+    # asked for at once where it is known to exist: the bridge would read the tokenizer a second time for it
+    model, tokenizer = _load(name, name in EMBEDDED, layers, dtype, device, revision)
     label = EMBEDDED[name][0] if name in EMBEDDED else name
     bridge = TransformerBridge.boot_transformers(
         label, hf_model=model, tokenizer=tokenizer, device=str(model.device), dtype=model.dtype

@@ -120,7 +120,7 @@ def speed_table() -> str:
     """The last kept run of the benchmarks (figures/speed) as Markdown: times a peer takes over ours, ours over the floor."""
     path = claims.root() / "figures" / "speed" / "speed.csv"
     if not path.exists():
-        return "Not measured yet: `SAEUTILS_SPEED=1 pytest tests/benchmarks -s`."
+        return "Not measured yet: `SAEUTILS_SPEED=1 pytest tests/benchmarks -s -n0`."
     runs = pd.read_csv(path)
     runs = runs[runs["section"] != "scaling"]
     shown = ("seconds", "× floor", "× ours", "peak GiB")

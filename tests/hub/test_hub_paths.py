@@ -1,14 +1,15 @@
 """Every notebook's colab and paper paths, from the first cell to the last, against the stand-in hub."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hub
 import pytest
+from filelock import FileLock
 
 from saeutils.kernels import files
 from saeutils.lm import models
@@ -27,9 +28,19 @@ CAP = (
 
 
 @pytest.fixture(scope="session")
-def stand_in(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub")
-    hub.build(folder)
+def shared(tmp_path_factory) -> Path:
+    """A folder that all workers of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def stand_in(shared) -> Path:
+    folder = shared / "hub"
+    with FileLock(shared / "hub.lock"):
+        if not (folder / ".built").exists():
+            hub.build(folder)
+            (folder / ".built").touch()
     return folder
 
 
@@ -44,11 +55,6 @@ def _environment(endpoint: str, folder: Path, cache: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     reached = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
     return {**kept, **reached, "SAEUTILS_CACHE": str(cache)}
-
-
-@pytest.fixture
-def on_the_hub(endpoint, tmp_path):
-    return _environment(endpoint, tmp_path, files.cache_dir())
 
 
 RUN = """
@@ -67,37 +73,30 @@ def _rehearse(path: Path, scale: str, env: dict[str, str]) -> subprocess.Complet
 
 
 @pytest.fixture(scope="session")
-def rehearsals(request, endpoint, stand_in, tmp_path_factory):
-    """{(notebook, scale): future}. The scales run beside each other, a thread each: such small models keep one busy.
+def rehearsal(endpoint, stand_in, shared):
+    """scale → environment; each scale has a cache of its own, in which only archives and the embedded model lie at first."""
 
-    Each has a cache of its own, in which only archives and the embedded model lie at first.
-    """
-    pools = {scale: ThreadPoolExecutor(1) for scale in SCALES}
-    environments, running = {}, {}
-    for scale in SCALES:
-        folder = tmp_path_factory.mktemp(scale)
-        environments[scale] = _environment(endpoint, folder, folder)
+    def environment(scale: str) -> dict[str, str]:
+        folder = shared / f"cache-{scale}"
         for there in (Path(models.local_dir("gemma-3-270m")), files.cache_dir("archives")):
-            shutil.copytree(there, folder / there.relative_to(files.cache_dir()), copy_function=os.symlink)
-    # LLM-jp's checkpoints are on no hub: they come as folders
-    environments["paper"]["SAEUTILS_CHECKPOINTS"] = str(stand_in / "llm-jp-3-1.8b")
-    for item in request.session.items:  # what was asked for, in its order
-        if item.name.startswith("test_notebook_runs_on_the_hub["):
-            path, scale = item.callspec.params["path"], item.callspec.params["scale"]
-            running[path, scale] = pools[scale].submit(_rehearse, path, scale, environments[scale])
-    yield running
-    for pool in pools.values():
-        pool.shutdown(cancel_futures=True)
+            if not (here := folder / there.relative_to(files.cache_dir())).exists():
+                shutil.copytree(there, here, copy_function=os.symlink)
+        # LLM-jp's checkpoints are on no hub: they come as folders
+        own = {"SAEUTILS_CHECKPOINTS": str(stand_in / "llm-jp-3-1.8b")} if scale == "paper" else {}
+        return _environment(endpoint, folder, folder) | own
+
+    return environment
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-@pytest.mark.parametrize("scale", SCALES)
-def test_notebook_runs_on_the_hub(path, scale, rehearsals):
-    run = rehearsals[path, scale].result()
+@pytest.mark.parametrize("scale", [pytest.param(s, marks=pytest.mark.xdist_group(f"hub-{s}")) for s in SCALES])
+def test_notebook_runs_on_the_hub(path, scale, rehearsal):
+    """A scale's notebooks run one after the other in one worker: 04 takes what 03 has trained, 06 what 05 has."""
+    run = _rehearse(path, scale, rehearsal(scale))
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("code", [
+REACHED = [
     "text.load_text('openwebtext', max_docs=7).num_rows == 7",
     "text.load_text('kocommercial', max_docs=7).num_rows == 7",
     "text.load_text('wikipedia-ja', max_docs=7).num_rows == text.load_text('wikipedia', max_docs=7).num_rows == 7",
@@ -107,28 +106,46 @@ def test_notebook_runs_on_the_hub(path, scale, rehearsals):
     "SAE.from_pretrained('gpt2-small-resid-post-v5-128k', 'blocks.8.hook_resid_post').cfg.normalize_activations == 'layer_norm'",
     "SAE.from_pretrained('gemma-scope-2b-pt-res-canonical', 'layer_12/width_16k/canonical').cfg.architecture() == 'jumprelu'",
     "SAE.from_pretrained('sae_bench_gemma-2-2b_topk_width-2pow12_date-1109', 'blocks.12.hook_resid_post__trainer_0').cfg.k == 20",
-])  # fmt: skip
-def test_sources_on_the_hub(code, on_the_hub):
-    code = f"from sae_lens import SAE; from saeutils.lm import models, text; assert {code}"
-    run = subprocess.run([sys.executable, "-c", code], env=on_the_hub, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+]  # fmt: skip
+REFUSED = {
+    "models.load_hf('nobody/nothing')": "the hub has no model 'nobody/nothing'; without a hub there are",
+    "models.load_hf('meta-llama/Llama-3.2-1B')": "is gated: accept its licence on the hub",
+}
+OUT_OF_REACH = {
+    "models.load_hf('gpt2')": "Without a hub use SCALE = 'laptop'",
+    "text.load_text('openwebtext', max_docs=3)": "Without a hub use SCALE = 'laptop'",
+}
+ASK = """
+import json, sys
+from sae_lens import SAE
+from saeutils.lm import models, text
+said = {}
+for code in json.load(sys.stdin):
+    try:
+        said[code] = "right" if eval(code) else "wrong"
+    except Exception as error:
+        said[code] = f"{type(error).__name__}: {error}"
+print("SAID", json.dumps(said))
+"""
 
 
-@pytest.mark.parametrize("name, message", [
-    ("nobody/nothing", "the hub has no model 'nobody/nothing'; without a hub there are"),
-    ("meta-llama/Llama-3.2-1B", "is gated: accept its licence on the hub"),
-])  # fmt: skip
-def test_hub_errors_name_the_fix(name, message, on_the_hub):
-    code = f"from saeutils.lm import models; models.load_hf({name!r})"
-    run = subprocess.run([sys.executable, "-c", code], env=on_the_hub, capture_output=True, text=True)
-    assert message in run.stderr, run.stderr[-2000:]
+@pytest.fixture(scope="session")
+def said(endpoint, tmp_path_factory):
+    """expression → what a process says that reaches the hub, or one that does not: two processes, as imports take seconds."""
+    found = {}
+    for codes, reach in (([*REACHED, *REFUSED], {}), ([*OUT_OF_REACH], {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"})):
+        env = _environment(endpoint, tmp_path_factory.mktemp("hf"), files.cache_dir()) | reach
+        run = subprocess.run([sys.executable, "-c", ASK], env=env, capture_output=True, text=True, input=json.dumps(codes))
+        assert run.returncode == 0, run.stderr[-3000:]
+        found |= json.loads(run.stdout.rsplit("SAID", 1)[1])
+    return found
 
 
-@pytest.mark.parametrize("code, message", [
-    ("from saeutils.lm import models; models.load_hf('gpt2')", "Without a hub use SCALE = 'laptop'"),
-    ("from saeutils.lm import text; text.load_text('openwebtext', max_docs=3)", "Without a hub use SCALE = 'laptop'"),
-])  # fmt: skip
-def test_hub_out_of_reach_says_what_runs_without_it(code, message, on_the_hub):
-    env = {**on_the_hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert run.returncode != 0 and message in run.stderr, run.stderr[-2000:]
+@pytest.mark.parametrize("code", REACHED)
+def test_sources_on_the_hub(code, said):
+    assert said[code] == "right"
+
+
+@pytest.mark.parametrize("code, message", {**REFUSED, **OUT_OF_REACH}.items())
+def test_hub_errors_name_the_fix(code, message, said):
+    assert message in said[code]
