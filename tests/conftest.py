@@ -1,4 +1,4 @@
-"""Shared by all tests: threads, a headless backend, who runs beside whom, and real rows to train on."""
+"""Shared by all tests: threads, a headless backend, and real rows to train on."""
 
 import os
 
@@ -16,13 +16,6 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # tests compare with CPU arit
 os.environ.setdefault("SAEUTILS_SCALE", "smoke")  # read by the kernels that run the notebooks
 matplotlib.use("Agg")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cells of a notebook, and tests that share a module's fixtures, stay in one worker."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(scope="session")

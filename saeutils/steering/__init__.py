@@ -7,6 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "edits": ["ablate", "add", "clamp", "edited", "latents", "project_out", "scale", "splice"],
         "generation": ["continued", "generate"],
-        "losses": ["continuation_loss", "loss_recovered", "mean_loss", "windows"],
+        "losses": ["continuation_loss", "loss_recovered", "mean_loss", "only", "windows"],
     },
 )

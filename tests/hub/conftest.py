@@ -1,0 +1,86 @@
+"""A stand-in hub for this session, and rehearsals of notebooks against it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hub
+import pytest
+from filelock import FileLock
+
+from saeutils.kernels import files
+from saeutils.lm import models
+
+CAP = (
+    "shard_tokens=2000,tokens=6500,docs=120,sentences=120,context=64,steps=6,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
+    "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=4,judged=10,windows=20,loss_docs=2,shown=20,"
+    "sae_steps=8,read=80,top=10,graded=8,stored=100,"
+    "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
+    "people=12,read_steps=2,free=60,stage_1=4,stage_2=6,least_recall=0,swept=2,alphas=3,biographies=3,"
+    "features=64,ds=2,rows=512,iterations=2,ratios=8,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,"
+    "toy_features=32,toy_d=16,toy_latents=60,toy_rows=800,toy_steps=4,toy_l0s=2,toy_l1s=2,latents=1000"
+)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder that all workers of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def stand_in(shared) -> Path:
+    folder = shared / "hub"
+    with FileLock(shared / "hub.lock"):
+        if not (folder / ".built").exists():
+            hub.build(folder)
+            (folder / ".built").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def endpoint(stand_in):
+    with hub.serve(stand_in) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def environment(endpoint) -> Callable[[Path, Path], dict[str, str]]:
+    """``environment(folder, cache)``: a machine that reaches a hub; an empty HF cache in ``folder``, no token, all else as here."""
+
+    def reached(folder: Path, cache: Path) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        return {**kept, **ours, "SAEUTILS_CACHE": str(cache)}
+
+    return reached
+
+
+RUN = """
+import sys, nbformat
+from nbclient import NotebookClient
+nb = nbformat.read(sys.argv[1], 4)
+NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": sys.argv[2]}}).execute()
+"""
+
+
+@pytest.fixture(scope="session")
+def rehearse(environment, stand_in, shared) -> Callable[[Path, str], None]:
+    """``rehearse(notebook, scale)`` runs every cell, capped; each scale has a cache in which archives and one model lie at first."""
+
+    def run(path: Path, scale: str) -> None:
+        cache = shared / f"cache-{scale}"
+        for there in (Path(models.local_dir("gemma-3-270m")), files.cache_dir("archives")):
+            if not (here := cache / there.relative_to(files.cache_dir())).exists():
+                shutil.copytree(there, here, copy_function=os.symlink)
+        env = environment(cache, cache) | {"SAEUTILS_SCALE": scale, "SAEUTILS_CAP": CAP, "OMP_NUM_THREADS": "1"}
+        # LLM-jp's checkpoints are on no hub: they come as folders
+        env |= {"SAEUTILS_CHECKPOINTS": str(stand_in / "llm-jp-3-1.8b")} if scale == "paper" else {}
+        done = subprocess.run([sys.executable, "-c", RUN, path, path.parent], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
