@@ -15,8 +15,8 @@ from saeutils.kernels import files
 from saeutils.lm import models
 
 CAP = (
-    "shard_tokens=2000,tokens=6500,docs=120,sentences=120,context=64,steps=6,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
-    "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=4,judged=10,windows=20,loss_docs=2,shown=20,"
+    "shard_tokens=2000,tokens=12000,docs=120,sentences=120,context=64,steps=6,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
+    "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=4,judged=10,windows=20,loss_docs=1,shown=20,"
     "sae_steps=8,read=80,top=10,graded=8,stored=100,"
     "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
     "people=12,read_steps=2,free=60,stage_1=4,stage_2=6,least_recall=0,swept=2,alphas=3,biographies=3,"
