@@ -20,7 +20,7 @@ MARKERS = "osD^vPX"
 WIDEST = 10.0  # inches: a notebook's column on a laptop, where wider figures are shrunk and their letters with them
 STYLE = {
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
+    "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "axes.spines.top": False,
     "axes.spines.right": False, "lines.linewidth": 1.6, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 130,
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from sae_lens import registry
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "saeutils"
@@ -104,20 +105,17 @@ def _documented(found) -> None:
 
 def test_architectures_are_told_to_saelens_by_one_import(tmp_path):
     """Every folder that these classes write loads in a process that has imported ``saeutils.saes`` and nothing else."""
-    write = f"""
-import torch
-from sae_lens import registry
-import saeutils.saes
-known = dict(d_in=8, d_sae=32, device="cpu", dtype="float32")
-own = {{"sparse_topk": dict(k=4), "sparse_batchtopk": dict(k=4), "sparse_jumprelu": dict(target_l0=4.0), "sparse_standard": {{}},
-       "gba": dict(frequencies=[.1, .01]), "alignsae": dict(slots=["a", "b"], free_k=4)}}
-for name, settings in own.items():
-    sae_class, cfg_class = registry.SAE_TRAINING_CLASS_REGISTRY[name]
-    sae = sae_class(cfg_class(**known, **settings))
-    sae.save_model({str(tmp_path)!r} + f"/{{name}}-training")
-    sae.save_inference_model({str(tmp_path)!r} + f"/{{name}}")
-"""
-    subprocess.run([sys.executable, "-c", write], cwd=ROOT, check=True)
+    known = dict(d_in=8, d_sae=32, device="cpu", dtype="float32")
+    own = {
+        "sparse_topk": dict(k=4), "sparse_batchtopk": dict(k=4), "sparse_jumprelu": dict(target_l0=4.0), "sparse_standard": {},
+        "gba": dict(frequencies=[0.1, 0.01]), "alignsae": dict(slots=["a", "b"], free_k=4),
+    }  # fmt: skip
+    importlib.import_module("saeutils.saes")
+    for name, settings in own.items():
+        sae_class, cfg_class = registry.SAE_TRAINING_CLASS_REGISTRY[name]
+        sae = sae_class(cfg_class(**known, **settings))
+        sae.save_model(tmp_path / f"{name}-training")
+        sae.save_inference_model(tmp_path / name)
     read = f"""
 import saeutils.saes
 from pathlib import Path

@@ -91,7 +91,7 @@ KILLED = """
     from test_training import _batches, _relu, train
     rows = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)) ** 3
     sae = _relu(rows)
-    history = train(sae, partial(_batches, rows), 400, dead="anthropic", dead_every=50, dead_window=20, log_every=10,
+    history = train(sae, partial(_batches, rows), 200, dead="anthropic", dead_every=50, dead_window=20, log_every=10,
                     checkpoint={folder!r}, checkpoint_every=25, progress=False)
     history.to_csv({out!r})
     sae.save_model({out!r} + ".sae")

@@ -1,0 +1,33 @@
+"""One style for all figures: what a reader on a laptop can read, at the size it is drawn."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from saeutils.notebook import plots
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_figures_fit_a_column_with_letters_of_ten_points(n):
+    fig, axes = plots.panels(n)
+    axes[0].set(xlabel="step", title="error")
+    assert fig.get_figwidth() <= 10 and len(axes) == n
+    assert axes[0].xaxis.label.get_size() == axes[0].title.get_size() == 10
+    plt.close(fig)
+
+
+def test_colours_and_line_styles_vary_together():
+    frame = pd.DataFrame([{"x": x, "y": x + i, "arm": f"arm {i}"} for i in range(6) for x in range(3)])
+    fig, (ax,) = plots.panels(1)
+    plots.lines(ax, frame, "x", "y", "arm")
+    assert len({line.get_color() for line in ax.lines}) == len({str(line._unscaled_dash_pattern) for line in ax.lines}) == 6
+    assert {line.get_color() for line in ax.lines} <= set(plots.COLOURS)
+    plt.close(fig)
+
+
+def test_importing_sets_nothing():
+    import subprocess
+    import sys
+
+    code = "import matplotlib as m; before = dict(m.rcParams); import saeutils.notebook.plots; assert dict(m.rcParams) == before"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
