@@ -76,8 +76,12 @@ def rehearsal(scale: str) -> bool:
 
 
 def _capped(value, bound: int):
-    """At most ``bound``; of a list its first ones, at least two, so that pairs and series remain."""
-    return value[: max(bound, 2)] if isinstance(value, list) else min(value, bound)
+    """At most ``bound``; a list's first ones, at least two, so that pairs and series remain; of a shorter list the numbers."""
+    if not isinstance(value, list):
+        return min(value, bound)
+    if bound <= len(value):
+        return value[: max(bound, 2)]
+    return [v if isinstance(v, str) else min(v, bound) for v in value]
 
 
 def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.DataFrame]:

@@ -20,11 +20,11 @@ CAP = (
     "sae_steps=8,read=80,top=10,graded=8,stored=100,"
     "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
     "people=12,read_steps=2,free=60,stage_1=4,stage_2=6,least_recall=0,swept=2,alphas=3,biographies=3,"
-    "features=64,ds=2,rows=512,iterations=2,ratios=6,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,layers=2,"
+    "features=64,ds=2,rows=512,rows_swept=2048,iterations=2,ratios=6,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,layers=2,"
     "toy_features=32,toy_d=16,toy_latents=60,toy_rows=800,toy_steps=4,toy_l0s=2,toy_l1s=2,latents=1000"
 )
-# on top of CAP, where a notebook's own arithmetic allows less: rows for 4,096 latents are enough, and an early block is as good
-OWN = {"05": ",tokens=6500,layer=2", "06": ",tokens=6000"}
+# on top of CAP: rows enough for 4,096 latents
+OWN = {"05": ",tokens=6500", "06": ",tokens=6000"}
 
 
 @pytest.fixture(scope="session")
