@@ -80,12 +80,13 @@ class Ledger:
             ValueError: see ``verdict``; a claim judged twice in a run, or under another name; a ninth claim; the paper's own
                 number beyond the bar; a number in the claim's text.
         """
-        self._check(claim, paper, bar, values)
+        own = verdicts.numbers("values", values)
+        self._check(claim, paper, bar, own)
         if scales.rehearsal(self.scale):  # too small to say anything: only that all of this runs
-            self._seen[claim] = np.asarray(values, dtype=float)
+            self._seen[claim] = own
             return f"not judged at {self.scale}: {claim}"
         found = verdicts.verdict(values, bar, control, ceiling, statistic=statistic, items=items)
-        self._seen[claim] = np.asarray(values, dtype=float)
+        self._seen[claim] = own
         holds, why = self._exploratory(claim, bar, found)
         best = "" if found.ceiling is None else _shown(found.ceiling)
         measured = [*map(_short, found.here), str(bar), *map(_short, found.control), best]
@@ -94,7 +95,7 @@ class Ledger:
         self._write()
         return f"{holds}: {claim} ({why}; {_shown(found.here)} against {bar}, control {_shown(found.control)})"
 
-    def _check(self, claim: str, paper: str | float, bar: Bar, values: object) -> None:
+    def _check(self, claim: str, paper: str | float, bar: Bar, own: np.ndarray) -> None:
         verdicts.without_numbers(claim)
         if claim in self._seen:
             raise ValueError(f"{claim!r} was judged in this run already: one claim, one verdict (or start from the first cell)")
@@ -105,7 +106,7 @@ class Ledger:
         if isinstance(paper, int | float) and bar.side(Interval(paper, paper, paper)) != 0:
             raise ValueError(f"the paper's own {paper} is not {bar}: is the bar of {claim!r} the wrong way round?")
         for other, seen in self._seen.items():
-            if np.ptp(seen) > 0 and np.array_equal(seen, np.asarray(values, dtype=float)):
+            if np.ptp(seen) > 0 and np.array_equal(seen, own):
                 raise ValueError(f"{claim!r} has the values of {other!r}: one number is judged once")
 
     def _exploratory(self, claim: str, bar: Bar, found: verdicts.Verdict) -> tuple[str, str]:

@@ -99,8 +99,7 @@ def verdict(
     if not isinstance(bar, Bar):
         raise ValueError(f"the bar is {bar!r}: make it with at_least(b), at_most(b) or between(low, high)")
     values, control, paired = _aligned(values, control)
-    rival = "ceiling", ceiling
-    ceiling = None if ceiling is None else _array(*rival)
+    ceiling = None if ceiling is None else _array("ceiling", ceiling)
     here, least = (metrics.interval(x, statistic, items) for x in (values, control))
     best = None if ceiling is None else metrics.interval(ceiling, statistic, items)
     gap = metrics.difference(values, control, statistic, items, paired)
@@ -141,13 +140,22 @@ def _rule(
     return NO, f"the whole interval is {where} the bar"
 
 
-def _array(name: str, x: object) -> np.ndarray:
+def numbers(name: str, x: object) -> np.ndarray:
+    """``x`` as an array of numbers, a row a unit.
+
+    Raises:
+        ValueError: it is one number, or no numbers.
+    """
     if np.ndim(x) == 0:
         raise ValueError(f"{name} is {x!r}: give one number for each unit, measured by the same function; a constant is none")
     try:
-        found = np.asarray(x, dtype=float)
+        return np.asarray(x, dtype=float)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is no list of numbers: give one for each unit") from error
+
+
+def _array(name: str, x: object) -> np.ndarray:
+    found = numbers(name, x)
     if not found.size:
         raise ValueError(f"{name} is empty: give one number for each unit")
     if not np.isfinite(found).all():

@@ -104,6 +104,9 @@ def test_what_is_refused(ledger):
         _judge(run, "c", bar=0.9, values=LOW)
     with pytest.raises(ValueError, match="a constant is none"):
         _judge(run, "c", values=LOW, control=0.5)
+    for values in (["a", "b", "c"], 0.5):
+        with pytest.raises(ValueError, match=r"one (number )?for each unit"):
+            _judge(run, "c", values=values)
     for i in range(7):
         _judge(run, f"claim number {i}", values=[0.9 + i, 0.8 + i, 0.85 + i], bar=at_least(0))
     with pytest.raises(ValueError, match="a ninth claim"):

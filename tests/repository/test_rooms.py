@@ -4,7 +4,9 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -152,7 +154,9 @@ def test_a_wheel_has_every_room_and_the_data(tmp_path):
     folders = {"saeutils", "saeutils.data"} | {".".join(p.parent.relative_to(ROOT).parts) for p in FILES if p.name == "__init__.py"}
     assert set(listed) == folders
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # of an earlier build: its files would come along
     subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True)
+    shutil.rmtree(ROOT / "build", ignore_errors=True)
     (wheel,) = tmp_path.glob("*.whl")
     elsewhere = tmp_path / "elsewhere"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(elsewhere), str(wheel)], check=True)
@@ -170,17 +174,10 @@ assert SAE.load_from_disk(files.data_dir() / "sae-gemma-3-270m-block12").cfg.d_i
 assert models.located("bilingual-lm/step-0004000").startswith({str(elsewhere)!r})
 print(files.cache_dir())
 """
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=_without_cache())
+    env = {k: v for k, v in os.environ.items() if k != "SAEUTILS_CACHE"}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert out.returncode == 0, out.stderr[-2000:]
     assert out.stdout.strip() == str(Path.home() / ".cache" / "saeutils")
-
-
-def _without_cache() -> dict[str, str]:
-    import os
-
-    return {k: v for k, v in os.environ.items() if k not in ("SAEUTILS_CACHE", "PYTHONPATH")} | {
-        "PYTHONPATH": os.environ.get("PYTHONPATH", "")
-    }
 
 
 def test_the_checkout_is_found_from_notebooks_and_package():
