@@ -76,12 +76,8 @@ def rehearsal(scale: str) -> bool:
 
 
 def _capped(value, bound: int):
-    """At most ``bound``; a list's first ones, at least two, so that pairs and series remain; of a shorter list the numbers."""
-    if not isinstance(value, list):
-        return min(value, bound)
-    if bound <= len(value):
-        return value[: max(bound, 2)]
-    return [v if isinstance(v, str) else min(v, bound) for v in value]
+    """At most ``bound``; of a list its first ones."""
+    return value[:bound] if isinstance(value, list) else min(value, bound)
 
 
 def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.DataFrame]:

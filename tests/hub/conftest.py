@@ -15,16 +15,16 @@ from saeutils.kernels import files
 from saeutils.lm import models
 
 CAP = (
-    "shard_tokens=1000,tokens=12000,docs=120,sentences=120,context=64,steps=6,arm_steps=12,hand_steps=3,seeds=1,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
+    "shard_tokens=1000,tokens=12000,docs=120,sentences=120,context=64,steps=6,arm_steps=12,hand_steps=3,seeds=2,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
     "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=2,judged=10,windows=20,loss_docs=1,shown=20,"
     "sae_steps=8,read=80,top=10,graded=8,stored=100,"
     "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
     "people=12,read_steps=2,free=60,stage_1=4,stage_2=6,least_recall=0,swept=2,alphas=3,biographies=3,"
-    "features=64,ds=2,rows=512,rows_swept=2048,iterations=2,ratios=6,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,layers=2,"
+    "features=64,ds=2,rows=512,iterations=2,ratios=6,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,layers=2,"
     "toy_features=32,toy_d=16,toy_latents=60,toy_rows=800,toy_steps=4,toy_l0s=2,toy_l1s=2,latents=1000"
 )
-# on top of CAP: rows enough for 4,096 latents
-OWN = {"05": ",tokens=6500", "06": ",tokens=6000"}
+# on top of CAP: one L0 and rows enough for 4,096 latents; the sweep of 08 takes rows in proportion to features
+OWN = {"05": ",tokens=6500,l0s=1", "06": ",tokens=6000,l0s=1", "08": ",rows=256,ratios=5"}
 
 
 @pytest.fixture(scope="session")
