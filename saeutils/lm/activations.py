@@ -67,16 +67,17 @@ def collect(
         acts = Activations(folder)
         damaged = acts.damaged()  # hashes every shard: once
         if not acts.meta.get("complete") or damaged:
-            _fill(folder, damaged, lm, hook, text, settings, load)
+            _fill(acts, damaged, lm, hook, text, settings, load)
         return Activations(folder)
 
 
-def _fill(folder: Path, damaged: set[str], lm: str, hook: str, text: Dataset, settings: dict, load: dict) -> None:
-    """Collect the shards that are missing or damaged."""
-    acts = Activations(folder)
-    n_tokens, context, outlier, seed, batch_tokens = settings.values()
-    collector = Collector(lm, hook, batch_tokens, **load)
-    windows = tokenize(text, collector.tokenizer, context, n_tokens, seed)
+def _fill(
+    acts: "Activations", damaged: set[str], lm: str, hook: str, text: Dataset, settings: dict, load: dict
+) -> None:
+    """Collect the shards that are missing or damaged; ``settings`` are those of :func:`collect`."""
+    folder, seed = acts.folder, settings["seed"]
+    collector = Collector(lm, hook, settings["batch_tokens"], **load)
+    windows = tokenize(text, collector.tokenizer, settings["context"], settings["n_tokens"], seed)
     cut = pools(windows, seed)
     meta = {"lm": lm, "hook": hook, **settings, "documents": len(text), "shards": acts.meta.get("shards", {})}
     missing = damaged | {n for n in map(_shard, range(len(cut))) if n not in meta["shards"]}
@@ -84,7 +85,7 @@ def _fill(folder: Path, damaged: set[str], lm: str, hook: str, text: Dataset, se
     with tqdm(total=sum(map(len, windows.tokens)), initial=sum(done), unit=" tok", unit_scale=True, desc=hook) as bar:
         for n, pool in enumerate(cut):
             if (name := _shard(n)) in missing:
-                rows = collector.rows(pool, windows, outlier)
+                rows = collector.rows(pool, windows, settings["outlier"])
                 with files.whole(folder / name) as tmp:
                     save_file(rows, tmp)
                 meta["shards"][name] = {"rows": len(rows["x"]), "sha256": files.sha256_of(folder / name)}
