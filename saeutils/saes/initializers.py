@@ -51,6 +51,11 @@ def _decoder(sae: SAE, rows: Tensor) -> None:
     tie(sae)
 
 
+def _require_rows(x: Tensor, latents: int) -> None:
+    if len(x) < latents:
+        raise ValueError(f"{len(x):,} rows cannot start {latents:,} latents: give more")
+
+
 @torch.no_grad()
 def random_decoder(sae: SAE, seed: int) -> None:
     """Random directions; two SAEs given one ``seed`` share their start (the control for :func:`mirror_decoder`)."""
@@ -64,8 +69,7 @@ def data_points(sae: SAE, x: Tensor, seed: int) -> None:
     Raises:
         ValueError: fewer rows than latents.
     """
-    if len(x) < sae.cfg.d_sae:
-        raise ValueError(f"{len(x):,} rows cannot start {sae.cfg.d_sae:,} latents: give more")
+    _require_rows(x, sae.cfg.d_sae)
     picked = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: sae.cfg.d_sae]
     _decoder(sae, x[picked].to(sae.b_dec) - sae.b_dec)
 
@@ -77,8 +81,7 @@ def k_means(sae: SAE, x: Tensor, seed: int) -> None:
     Raises:
         ValueError: fewer rows than latents.
     """
-    if len(x) < sae.cfg.d_sae:
-        raise ValueError(f"{len(x):,} rows cannot start {sae.cfg.d_sae:,} latents: give more")
+    _require_rows(x, sae.cfg.d_sae)
     from sklearn.cluster import MiniBatchKMeans  # late: a second to import, and one function needs it
 
     unit = torch.nn.functional.normalize(x.to(sae.b_dec) - sae.b_dec, dim=1).cpu().numpy()
@@ -145,8 +148,7 @@ def residual_mirror_decoder(
             f"share={share} of d_sae={sae.cfg.d_sae} must be 1…{len(U)} mirrored pairs and leave some room"
         )
     rest, centred = sae.cfg.d_sae - 2 * pairs, x.to(sae.b_dec) - sae.b_dec
-    if len(x) < rest:
-        raise ValueError(f"{len(x):,} rows cannot start {rest:,} latents: give more")
+    _require_rows(x, rest)
     varied = (centred @ U.T).pow(2).mean(0).topk(pairs).indices
     V = torch.linalg.svd(U[varied], full_matrices=False).Vh[: sae.cfg.d_in // 2]  # [d_in/2, d_in]
     picked = centred[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rest]]
