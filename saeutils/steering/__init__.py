@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "edits": ["ablate", "add", "clamp", "edited", "latents", "project_out", "scale", "splice"],
-        "generation": ["continued", "generate"],
+        "generation": ["continued", "generate", "stepwise"],
         "losses": ["continuation_loss", "loss_recovered", "mean_loss", "only", "windows"],
     },
 )

@@ -9,9 +9,11 @@ in place, so nothing cancels the edit, and an SAE that normalises its input gets
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ Edit = tuple[str, Callable[..., Tensor]]
 Positions = slice | Sequence[int] | None
 AFTER_BOS = slice(1, None)
 SINK = 10.0  # rows with a norm above this many medians are attention sinks
+_LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # language model → the lock of who edits it
+_FIRST = threading.Lock()
 
 
 def edit(hook: str, d: int, delta: Callable[[Tensor], Tensor], positions: Positions) -> Edit:
@@ -136,11 +140,21 @@ def splice(hook: str, sae: SAE) -> Edit:
 def edited(lm: TransformerBridge, edits: Iterable[Edit]):
     """Apply edits, in order, for the length of the block; removed on exit, after an exception too.
 
+    Edits act in the thread that entered the block alone, and one thread at a time edits a model: others wait at their own
+    block, a plain ``lm(ids)`` elsewhere is untouched. (Widgets' callbacks run in threads of their own.)
+
     Raises:
         ValueError: the model has no such hook point (before anything runs).
     """
     edits = list(edits)
     if missing := sorted({name for name, _ in edits} - set(lm.hook_dict)):
         raise ValueError(f"{lm.cfg.model_name} has no hook points {missing}; it has blocks 0…{lm.cfg.n_layers - 1}")
-    with lm.hooks(fwd_hooks=edits):
+    with _FIRST:
+        lock = _LOCKS.setdefault(lm, threading.RLock())
+    owner = threading.get_ident()
+
+    def bound(apply: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
+        return lambda x, hook=None: apply(x, hook=hook) if threading.get_ident() == owner else None
+
+    with lock, lm.hooks(fwd_hooks=[(name, bound(apply)) for name, apply in edits]):
         yield lm

@@ -2,18 +2,21 @@
 
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import hub
+import nbformat
 import pytest
 from filelock import FileLock
+from jupyter_client.manager import KernelManager, start_new_kernel
+from nbclient import NotebookClient
 
 from saeutils.kernels import files
 from saeutils.lm import models
 
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CAP = (
     "shard_tokens=1000,tokens=12000,docs=120,sentences=120,context=64,steps=6,arm_steps=12,hand_steps=3,seeds=2,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
     "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=2,judged=10,windows=20,loss_docs=1,shown=20,"
@@ -21,10 +24,11 @@ CAP = (
     "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
     "people=12,read_steps=2,free=60,stage_1=4,stage_2=6,least_recall=0,swept=2,alphas=3,biographies=3,"
     "features=64,ds=2,rows=512,iterations=2,ratios=6,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,layers=2,"
-    "toy_features=32,toy_d=16,toy_latents=60,toy_rows=800,toy_steps=4,toy_l0s=2,toy_l1s=2,latents=1000"
+    "toy_features=32,toy_d=16,toy_latents=60,toy_rows=800,toy_steps=4,toy_l0s=2,toy_l1s=2,latents=1000,rows_swept=0"
 )
 # on top of CAP: one L0 and rows enough for 4,096 latents; the sweep of 08 takes rows in proportion to features
-OWN = {"05": ",tokens=6500,l0s=1", "06": ",tokens=6000,l0s=1", "08": ",rows=256,ratios=5"}
+OWN = {"05": ",tokens=6500,l0s=1", "06": ",tokens=4000,l0s=1,seeds=1,judged=5,per_class=12,per_cell=6,per_topic=6,words=60", "08": ",rows=256,ratios=5"}
+FACTS = ("06",)  # asks what the LM knows
 
 
 @pytest.fixture(scope="session")
@@ -62,28 +66,36 @@ def environment(endpoint) -> Callable[[Path, Path], dict[str, str]]:
     return reached
 
 
-RUN = """
-import sys, nbformat
-from nbclient import NotebookClient
-nb = nbformat.read(sys.argv[1], 4)
-NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": sys.argv[2]}}).execute()
-"""
+@pytest.fixture(scope="module")
+def kernel(environment, stand_in, shared, request) -> Iterator[KernelManager]:
+    """One kernel a file, whose notebooks share its imports; two caches, where archives and a Gemma lie at first: thin, or real."""
+    scale = request.module.SCALE
+    cache, gemma = shared / f"cache-{scale}", Path(models.local_dir("gemma-3-270m"))
+    with FileLock(f"{cache}.lock"):
+        for size, put in (("thin", hub.thin_gemma), ("real", partial(shutil.copytree, copy_function=os.symlink))):
+            if not (here := cache / size / "archives").exists():
+                put(gemma, cache / size / "models" / gemma.name)
+                here.symlink_to(files.cache_dir("archives"))
+    env = environment(cache, cache / "thin") | {"SAEUTILS_SCALE": scale, "OMP_NUM_THREADS": "1"}
+    # LLM-jp's checkpoints are on no hub: they come as folders
+    env |= {"SAEUTILS_CHECKPOINTS": str(stand_in / "llm-jp-3-1.8b")} if scale == "paper" else {}
+    manager, client = start_new_kernel(kernel_name="python3", env=env, cwd=str(NOTEBOOKS))
+    client.stop_channels()
+    manager.caches = cache
+    yield manager
+    manager.shutdown_kernel(now=True)
 
 
-@pytest.fixture(scope="session")
-def rehearse(environment, stand_in, shared) -> Callable[[Path, str], None]:
-    """``rehearse(notebook, scale)`` runs every cell, capped; each scale has a cache in which archives and one model lie at first."""
+@pytest.fixture
+def rehearse(kernel) -> Callable[[Path], None]:
+    """``rehearse(notebook)`` runs every cell, capped, in an emptied namespace."""
 
-    def run(path: Path, scale: str) -> None:
-        cache = shared / f"cache-{scale}"
-        with FileLock(f"{cache}.lock"):
-            for there in (Path(models.local_dir("gemma-3-270m")), files.cache_dir("archives")):
-                if not (here := cache / there.relative_to(files.cache_dir())).exists():
-                    shutil.copytree(there, here, copy_function=os.symlink)
-        env = environment(cache, cache) | {"SAEUTILS_SCALE": scale, "SAEUTILS_CAP": CAP + OWN.get(path.name[:2], ""), "OMP_NUM_THREADS": "1"}
-        # LLM-jp's checkpoints are on no hub: they come as folders
-        env |= {"SAEUTILS_CHECKPOINTS": str(stand_in / "llm-jp-3-1.8b")} if scale == "paper" else {}
-        done = subprocess.run([sys.executable, "-c", RUN, path, path.parent], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    def run(path: Path) -> None:
+        nb = nbformat.read(path, 4)
+        number, size = path.name[:2], "real" if path.name[:2] in FACTS else "thin"
+        own = {"SAEUTILS_CAP": CAP + OWN.get(number, ""), "SAEUTILS_CACHE": str(kernel.caches / size)}
+        emptied = f"%reset -f\nimport gc, os\ngc.collect()\nos.environ.update({own!r})"
+        nb.cells.insert(0, nbformat.v4.new_code_cell(emptied))
+        NotebookClient(nb, timeout=600, km=kernel).execute()
 
     return run

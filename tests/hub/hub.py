@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -77,6 +77,23 @@ def _gemma2(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> No
         transformers.Gemma2Config(vocab_size=len(tokenizer), intermediate_size=200, **shape, **ids)
     ).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def thin_gemma(real: Path, folder: Path, neurons: int = 256) -> None:
+    """Gemma-3-270m with an eighth of its MLPs, as a converted folder: a dictionary of 2 × 256 latents instead of 4,096."""
+    config = transformers.AutoConfig.from_pretrained(real)
+    config.intermediate_size = neurons
+    weights = load_file(real / "model.safetensors")
+    for name, w in weights.items():
+        if ".mlp." in name:
+            weights[name] = w[:, :neurons] if "down_proj" in name else w[:neurons]
+    model = transformers.Gemma3ForCausalLM(config).to(torch.bfloat16)
+    model.load_state_dict(weights, strict=False)  # the vocabulary matrix is tied, and saved once
+    model.save_pretrained(folder)
+    for file in real.glob("tokenizer*"):
+        (folder / file.name).symlink_to(file)
+    hashes = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    (folder / "sha256.json").write_text(json.dumps(hashes))
 
 
 def _llm_jp(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:

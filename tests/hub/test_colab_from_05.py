@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+SCALE = "colab"
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))[4:]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_runs_on_the_hub(path, rehearse):
-    rehearse(path, "colab")
+    rehearse(path)

@@ -152,7 +152,8 @@ def test_windows_of_all_lengths_come_out_as_if_alone(kind, monkeypatch):
         torch.testing.assert_close(rows["x"][inside], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_stream_gives_the_same_kind_of_rows(wiki):
+def test_stream_gives_the_same_kind_of_rows(wiki, monkeypatch):
+    monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=2000")
     stream = activations.stream("gemma-3-270m", HOOK, wiki, batch_size=128, context=64, buffer=1, dtype=torch.float32)
     batches = [next(stream) for _ in range(3)]
     assert all(b.shape == (128, 640) and torch.isfinite(b).all() for b in batches)

@@ -85,7 +85,7 @@ def test_dead_latents_come_back(rows, dead):
 
 KILLED = """
     import sys, torch
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     from functools import partial
     sys.path.insert(0, {tests!r})
     from test_training import _batches, _relu, train
