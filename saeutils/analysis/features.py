@@ -112,19 +112,16 @@ def top_latents(lm: TransformerBridge, sae: SAE, hook: str, prompt: str, n: int 
 
 @torch.no_grad()
 def promoted(lm: TransformerBridge, direction: Tensor) -> Tensor:
-    """Effect of a residual direction [d] on every logit by the direct path, [vocabulary] (logit lens, centred).
+    """Effect of residual directions [d] or [n, d] on every logit by the direct path, [vocabulary] or [n, vocabulary].
 
-    The final norm's gain is applied, its data-dependent scale is not: compare tokens, not sizes.
+    The logit lens, centred. The final norm's gain is applied, its data-dependent scale is not: compare tokens, not sizes.
     """
-    weight = lm.original_model.get_output_embeddings().weight.float()  # [vocabulary, d]
-    logits = weight @ _through_final_norm(lm, direction.float().to(weight.device))
-    return logits - logits.mean()
-
-
-def _through_final_norm(lm: TransformerBridge, direction: Tensor) -> Tensor:
-    """γ ⊙ direction, centred first where the final norm is a LayerNorm (GPT-2) and not an RMSNorm."""
+    weight = lm.original_model.get_output_embeddings().weight  # [vocabulary, d]
     gain, centres = _final_norm(lm)
-    return gain.float().to(direction.device) * (direction - direction.mean() if centres else direction)
+    direction = direction.float().to(weight.device)
+    read = gain.float().to(weight.device) * (direction - direction.mean(-1, keepdim=True) if centres else direction)
+    logits = torch.cat([read @ part.float().T for part in weight.split(8192)], dim=-1)  # float32 copies that fit the cache
+    return logits - logits.mean(-1, keepdim=True)
 
 
 def _final_norm(lm: TransformerBridge) -> tuple[Tensor, bool]:
@@ -170,9 +167,9 @@ def shaded(table: LatentTable, tokenizer, latent: int, docs: Sequence[int] | Non
 @torch.no_grad()
 def promoting(lm: TransformerBridge, sae: SAE, token: int) -> Tensor:
     """How much every latent's decoder row promotes one token by the direct path, per unit of its norm, [d_sae]."""
-    weight = lm.original_model.get_output_embeddings().weight.float()
+    weight = lm.original_model.get_output_embeddings().weight
     gain, centres = _final_norm(lm)
-    read = (weight[token] - weight.mean(0)) * gain.float().to(weight.device)  # [d]
+    read = (weight[token].float() - weight.mean(0, dtype=torch.float32)) * gain.float().to(weight.device)  # [d]
     if centres:
         read = read - read.mean()
     rows = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)
