@@ -56,7 +56,7 @@ class Explorer(Board):
         self.fired = np.flatnonzero(np.diff(self.table.acts.indptr))
         self.labels: dict[int, str] = {}
         self.latent, self.position, self.f, self.pieces = 0, None, torch.zeros(0, sae.cfg.d_sae), []
-        self.visited, self.past, self.plain, self.quiet = [], [], {}, False
+        self.visited, self.past, self.at, self.plain, self.quiet = [], [], 0, {}, False
         self._listen()
 
     def _listen(self) -> None:
@@ -76,7 +76,7 @@ class Explorer(Board):
         self.use.on_click(lambda _: self.steer_with(self.latent))
         for control in (self.prompt, self.heat, *(part for slot in self.slots for part in slot)):
             on(control, lambda _: self.ask(live.DEBOUNCE))
-        on(self.results, lambda at: at is not None and self.restore(*self.past[at]))
+        on(self.results, lambda number: number is not None and self.again(number))
         self.acts["another sample"].on_click(lambda _: self.change(seed=self.seed + 1))
         for name, strength in PRESETS.items():
             self.acts[name].on_click(lambda _, by=strength: self.change(strength=by))
@@ -230,11 +230,14 @@ class Explorer(Board):
         self.ask()
 
     def undo(self) -> None:
-        """Back to the result before what the controls say."""
-        if self.past and self.past[-1][0] == self.setting():
-            self.past.pop()
+        """Back to the result before what the controls say; the list of results stays as it is."""
         if self.past:
-            self.restore(*self.past[-1])
+            self.again(self.at - 1 if self.past[self.at][0] == self.setting() else self.at)
+
+    def again(self, number: int) -> None:
+        """A result of the list, at once."""
+        self.at = max(0, number)
+        self.restore(*self.past[self.at])
 
     def restore(self, setting: Setting, text: str = "", meters: str = "") -> None:
         """Set the controls; show the result where it is known, else ask for it."""
@@ -261,6 +264,7 @@ class Explorer(Board):
         self.plain[unedited] = written["before"]
         turn.check()
         self._show(drawing.comparison(setting.prompt, written), drawing.meters(writing.meters(self.lm, setting.prompt, written)))
+        self.at = len(self.past)
         self.past.append((setting, self.text.value, self.meters.value))
         with self._set():
             self.results.options = [(str(past[0]), i) for i, past in reversed(list(enumerate(self.past)))]
