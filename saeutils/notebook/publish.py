@@ -24,11 +24,13 @@ if "google.colab" in sys.modules and not importlib.util.find_spec("saeutils"):
     {install}
 else:
     sys.path.insert(0, "..")  # the checkout that this notebook lies in
-# %env SAEUTILS_CACHE=/content/drive/MyDrive/saeutils  # Colab, Drive mounted: a lost runtime goes on
+# Colab with Drive mounted: a lost runtime goes on if this line is run
+# %env SAEUTILS_CACHE=/content/drive/MyDrive/saeutils
 """
 NOWHERE = """raise SystemExit(
-        "This copy has no public address yet. Push its folder to GitHub, where a workflow writes the "
-        "address into this cell; or run `pip wheel --no-deps .` in it, upload the wheel and install that."
+        "This copy has no public address yet. Push its folder to GitHub, where a workflow "
+        "writes the address into this cell; or run `pip wheel --no-deps .` in it, upload "
+        "the wheel and install that."
     )"""
 
 
