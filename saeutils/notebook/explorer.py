@@ -75,7 +75,7 @@ class Explorer(Board):
             button.on_click(lambda b: self.open(int(b.description.split()[0])))
         self.use.on_click(lambda _: self.steer_with(self.latent))
         for control in (self.prompt, self.heat, *(part for slot in self.slots for part in slot)):
-            on(control, lambda _: self.ask(live.DEBOUNCE))
+            on(control, lambda _: self.moved())
         on(self.results, lambda number: number is not None and self.again(number))
         self.acts["another sample"].on_click(lambda _: self.change(seed=self.seed + 1))
         for name, strength in PRESETS.items():
@@ -205,13 +205,19 @@ class Explorer(Board):
 
     def setting(self) -> Setting:
         """What the controls say."""
-        slots = tuple((mode.value, int(latent.value), by.value) for mode, latent, by in self.slots if mode.value != "off")
-        return Setting(self.prompt.value, slots, self.heat.value, self.seed)
+        slots = tuple((mode.value, int(latent.value), round(by.value, 2)) for mode, latent, by in self.slots if mode.value != "off")
+        return Setting(self.prompt.value, slots, round(self.heat.value, 2), self.seed)
 
     def ask(self, wait: float = 0.0) -> None:
         """Ask for the text that the controls describe at this moment."""
         setting = self.setting()
         self.worker.ask("write", lambda turn: self.write(turn, setting), wait)
+
+    def moved(self) -> None:
+        """A control was moved, or a browser sent back its own rounding of what it shows already."""
+        shown = self.past and self.past[self.at][0] == self.setting() and "saeutils-old" not in self.text._dom_classes
+        if not shown:
+            self.ask(live.DEBOUNCE)
 
     def steer_with(self, latent: int) -> None:
         """Put a latent into the first slot that is free, or into the last."""

@@ -110,11 +110,6 @@ def test_widgets_react(lm, sae, table):
     assert texts.value != before
     search.value = "cat"
     assert len(found.options) == 12
-    steer = widgets.steering_panel(lm, sae, HOOK, [1, 2], 10.0, "The cat", tokens=3)
-    assert "before:" in steer.children[-1].value and "after:" in steer.children[-1].value
-    steer.children[0].value = " "
-    steer.children[-2].children[1].click()
-    assert "write a prompt first" in steer.children[-1].value
     history = pd.DataFrame({"step": [1, 2], "samples": [1, 2], "loss": [2.0, 1.0], "fvu": [1.0, 0.5]})
     curves = widgets.history_panel({"a": history, "b": history})
     curves.children[0].children[1].value = "loss"

@@ -13,7 +13,7 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 
 DEBOUNCE = 0.3  # seconds that sliders and typing wait for the next movement; clicks do not wait
-STYLE = "<style>.saeutils-old {opacity: .4} .widget-html-content {line-height: 1.35}</style>"
+STYLE = "<style>.saeutils-old {opacity: .4} .widget-html-content {line-height: 1.35 !important}</style>"
 _WORKERS: WeakSet = WeakSet()
 
 

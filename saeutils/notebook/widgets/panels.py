@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ import pandas as pd
 from IPython.display import display
 from sklearn.metrics import cohen_kappa_score
 
-from saeutils import steering
 from saeutils.analysis import features, language
 from saeutils.kernels import files
 from saeutils.notebook import plots
@@ -67,46 +65,6 @@ def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, l
     number.observe(show, "value")
     show()
     return w.VBox([w.HBox([number, search, found]), w.HBox([chart, tokens]), texts])
-
-
-def steering_panel(
-    lm: TransformerBridge, sae: SAE, hook: str, latents: Sequence[int], unit: float, prompt: str, tokens: int = 24
-) -> w.Widget:
-    """Up to four latents with a strength each, in units of the residual norm ``unit``; the text before and after."""
-    start = [*latents, *[0] * 4][:4]
-    numbers = [
-        w.BoundedIntText(value=n, min=0, max=sae.cfg.d_sae - 1, **_wide(f"latent {i + 1}")) for i, n in enumerate(start)
-    ]
-    sliders = [
-        w.FloatSlider(
-            value=0.3 if i == 0 else 0.0, min=-1.5, max=1.5, step=0.05, continuous_update=False, **_wide("strength")
-        )
-        for i in range(4)
-    ]
-    words = w.Text(value=prompt, **_wide("prompt", width="625px"))
-    heat = w.FloatSlider(value=0.0, min=0.0, max=1.2, step=0.1, **_wide("temperature"))
-    button, shown = w.Button(description="continue the text", button_style="primary"), w.HTML()
-
-    def run(_=None) -> None:
-        if not words.value.strip():
-            shown.value = "<i>write a prompt first</i>"
-            return
-        shown.value = "<i>writing …</i>"
-        edits = [steering.add(hook, sae.W_dec[n.value], s.value * unit) for n, s in zip(numbers, sliders) if s.value]
-        made = [
-            steering.generate(lm, [words.value], e, tokens=tokens, temperature=heat.value)[0][0] for e in ([], edits)
-        ]
-        shown.value = "".join(
-            f"<p><b>{name}</b> {html.escape(words.value)}<span style='color:#b40'>{html.escape(text)}</span></p>"
-            for name, text in zip(("before:", "after:"), made)
-        )
-
-    button.on_click(run)
-    for slider in (*sliders, heat):
-        slider.observe(run, "value")
-    run()
-    pairs = [w.HBox([n, s]) for n, s in zip(numbers, sliders)]
-    return w.VBox([words, *pairs, w.HBox([heat, button]), shown])
 
 
 def history_panel(histories: dict[str, pd.DataFrame]) -> w.Widget:
