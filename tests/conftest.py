@@ -18,6 +18,19 @@ matplotlib.use("Agg")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+FIRST = ("analysis/test_features.py", "kernels", "saes", "repository")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that converts Gemma first, then those that need no LM: the other worker has work for that minute."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((i for i, part in enumerate(FIRST) if f"/tests/{part}" in path), len(FIRST))
+
+    items.sort(key=place)  # stable
+
+
 @pytest.fixture(scope="session")
 def rows() -> torch.Tensor:
     """Real activations [n, 640]: the embedding-side residual stream of Gemma-3-270m on Wikipedia, centred, norm √d."""

@@ -94,7 +94,7 @@ def _open(page, address: str, refused: type[Exception]) -> None:
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.wait_for_timeout(1000)
-    page.wait_for_selector(".jp-OutputArea .widget-html >> text=repeated word pairs", timeout=60_000)
+    page.wait_for_selector(".jp-OutputArea .widget-html >> text=repeated token pairs", timeout=60_000)
 
 
 def _button(page, name: str):

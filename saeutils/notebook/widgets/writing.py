@@ -99,10 +99,9 @@ def _vader():
     return SentimentIntensityAnalyzer()
 
 
-def repetition(text: str) -> float:
-    """Share of word pairs that have been said before, 0 … 1."""
-    words = text.split()
-    pairs = list(pairwise(words))
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of token pairs that have been there before, 0 … 1."""
+    pairs = list(pairwise(tokens))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
@@ -112,5 +111,5 @@ def meters(lm: TransformerBridge, prompt: str, written: Mapping[str, str]) -> di
     return {
         "sentiment (VADER, −1 … 1)": {name: _vader().polarity_scores(text)["compound"] for name, text in written.items()},
         "extra nats a token": dict(zip(written, [loss - losses[0] for loss in losses])),
-        "repeated word pairs": {name: repetition(text) for name, text in written.items()},
+        "repeated token pairs": {name: repetition(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for name, text in written.items()},
     }
