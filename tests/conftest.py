@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
-FIRST = ("analysis/test_features.py", "kernels", "saes", "repository")
+FIRST = ("analysis/test_features.py", "repository", "notebook")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
