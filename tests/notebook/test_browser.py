@@ -90,10 +90,12 @@ def _open(page, address: str, refused: type[Exception]) -> None:
             time.sleep(0.5)
     page.wait_for_selector(".jp-Notebook")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
-    while page.locator(".jp-InputArea-prompt").first.inner_text() == "[ ]:":  # what is asked before the kernel is there is lost
+    for _ in range(20):  # what is asked before the kernel is there is lost
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.wait_for_timeout(1000)
+        if page.locator(".jp-InputArea-prompt").first.inner_text()[1:2] in {"*", "1", "2", "3"}:
+            break
     page.wait_for_selector(".jp-OutputArea .widget-html >> text=repeated token pairs", timeout=60_000)
 
 
