@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -75,6 +76,12 @@ def orthogonality(W_dec: Tensor, rows: int | None = None, seed: int = 0) -> dict
 def random_orthogonality(d: int) -> float:
     """E|cos| between random directions in d dimensions, √(2/(πd)) (large-d limit)."""
     return float(np.sqrt(2 / (np.pi * d)))
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of token pairs of one text that have been there before, a scalar from 0 to 1; 0 for less than two tokens."""
+    pairs = list(pairwise(tokens))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -118,3 +118,8 @@ def test_differences_of_other_statistics_are_paired_or_not():
     paired = metrics.difference(base + 1 + rng.normal(0, 0.1, 40), base, lambda x: float(np.quantile(x, 0.75)))
     apart = metrics.difference(base + 1, rng.normal(0, 5, 30), "median", paired=False)
     assert 0 < paired.low < paired.here < paired.high < 2 and apart.high - apart.low > paired.high - paired.low
+
+
+def test_repetition_counts_pairs_of_tokens():
+    assert metrics.repetition([5, 5, 5, 5, 5]) == 0.75 and metrics.repetition([1, 2, 3, 1]) == 0
+    assert metrics.repetition([1, 2, 1, 2]) == pytest.approx(1 / 3) and metrics.repetition([]) == metrics.repetition([7]) == 0

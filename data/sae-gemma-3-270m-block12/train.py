@@ -1,4 +1,6 @@
-"""Train the SAE of this folder again: ``python train.py OUT`` (about 1½ hours on two cores; stopped, it goes on).
+"""Train the SAE of this folder again, from the root: ``PYTHONPATH=. python data/sae-gemma-3-270m-block12/train.py OUT``.
+
+About 1½ hours on two cores; stopped, it goes on.
 
 Shards of activations and checkpoints lie in ``data/cache``; OUT gets the SAE, ``log.csv`` and ``card.json``. Test documents
 are those of the first edition's card: 2% by a hash of their number among the English sources; a Tatoeba pair has one number
@@ -69,7 +71,7 @@ def main(out: Path) -> None:
     sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=640, d_sae=8192, k=64, aux_loss_coefficient=1 / 32))
     initializers.tie(sae)
     batches = partial(acts.batches, BATCH, normalise="scale", centre=True, group=12)
-    runs = files.cache_dir("runs", f"sae-{acts.folder.name}-{STEPS}")
+    runs = files.cache_dir("runs", f"sae-{files.key(acts.folder.name, STEPS, BATCH, LR, sae.cfg.to_dict())}")
     history = train(sae, batches, STEPS, lr=LR, dead_window=100, checkpoint=runs, checkpoint_every=250, log_every=50)
     initializers.fold_scale(sae, acts.scale(), acts.mean)
     out.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from scipy import sparse
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saeutils import steering
 from saeutils.analysis import language
 from saeutils.lm.activations import Activations
 
@@ -91,21 +92,40 @@ def latent_table(acts: Activations, sae: SAE, n_docs: int, l2: bool = False) -> 
     if acts.d != sae.cfg.d_in:
         raise ValueError(f"activations have d={acts.d}, the SAE expects d_in={sae.cfg.d_in}: same LM and hook point?")
     rows = acts.all()
+    return LatentTable(encoded(sae, rows["x"], l2).tocsc(), rows["doc"].numpy(), rows["token"].numpy(), n_docs)
+
+
+@torch.no_grad()
+def encoded(sae: SAE, x: Tensor, l2: bool = False) -> sparse.csr_array:
+    """Latents of rows ``x`` [n, d], sparse [n, d_sae], a block of rows at a time. ``l2``: rows to norm 1."""
     parts = []
-    blocks = rows["x"].split(max(1, DENSE // sae.cfg.d_sae))
-    for x in tqdm(blocks, desc="encoding", leave=False, disable=len(blocks) < 20):
-        x = torch.nn.functional.normalize(x, dim=1) if l2 else x
-        dense = sae.encode(x.to(sae.device, sae.dtype))  # [batch, d_sae]
+    blocks = x.split(max(1, DENSE // sae.cfg.d_sae))
+    for block in tqdm(blocks, desc="encoding", leave=False, disable=len(blocks) < 20):
+        block = torch.nn.functional.normalize(block, dim=1) if l2 else block
+        dense = sae.encode(block.to(sae.device, sae.dtype))  # [batch, d_sae]
         at = dense.nonzero(as_tuple=True)
         entries = dense[at].float().cpu().numpy(), tuple(i.cpu().numpy() for i in at)
         parts.append(sparse.csr_array(entries, shape=tuple(dense.shape)))
-    return LatentTable(sparse.vstack(parts).tocsc(), rows["doc"].numpy(), rows["token"].numpy(), n_docs)
+    return sparse.vstack(parts)
+
+
+@torch.no_grad()
+def residual(lm: TransformerBridge, hook: str, ids: Tensor, edits: Sequence[steering.edits.Edit] = ()) -> Tensor:
+    """Activations at ``hook`` for token ids [batch, position] under ``edits``, [batch, position, d]; later blocks do not run."""
+    seen = {}
+
+    def grab(x: Tensor, hook=None) -> None:
+        seen["x"] = x
+
+    with steering.edited(lm, [*edits, (hook, grab)]):
+        lm(ids, stop_at_layer=int(hook.split(".")[1]) + 1)
+    return seen["x"]
 
 
 @torch.no_grad()
 def top_latents(lm: TransformerBridge, sae: SAE, hook: str, prompt: str, n: int = 10) -> pd.Series:
     """The ``n`` strongest latents at the prompt's last token: activation by latent number."""
-    x = lm.run_with_cache(prompt, names_filter=[hook])[1][hook][0, -1:]
+    x = residual(lm, hook, lm.to_tokens(prompt))[0, -1:]
     values, indices = sae.encode(x.to(sae.device, sae.dtype))[0].topk(n)
     return pd.Series(values.float().cpu().numpy(), index=indices.tolist(), name=prompt)
 
@@ -152,15 +172,25 @@ def shade(pieces: Sequence[str], values: Sequence[float], largest: float) -> str
     return f'<div style="margin:2px 0;font-family:monospace;white-space:pre-wrap">{"".join(spans)}</div>'
 
 
-def shaded(table: LatentTable, tokenizer, latent: int, docs: Sequence[int] | None = None, n: int = 8) -> str:
-    """HTML of the strongest documents, each token shaded by its activation; all text is escaped."""
+def shaded(
+    table: LatentTable, tokenizer, latent: int, docs: Sequence[int] | None = None, n: int = 8, around: int | None = None
+) -> str:  # fmt: skip
+    """HTML of the strongest documents, each token shaded by its activation; all text is escaped.
+
+    ``around``: show so many tokens on either side of a document's peak, … where it is cut; None: whole documents.
+    """
     values = table.of(latent)
-    largest = max(values.max(), 1e-9)
+    largest = max(values.max(initial=0.0), 1e-9)
     lines = []
     for doc in table.top_docs(latent, n) if docs is None else docs:
-        inside = slice(*table.edges[doc : doc + 2])
-        pieces, _ = language.pieces(tokenizer.convert_ids_to_tokens(table.token[inside].tolist()))
-        lines.append(shade(pieces, values[inside], largest))
+        first, last = start, stop = table.edges[doc : doc + 2].tolist()
+        if around is not None:
+            peak = first + int(values[first:last].argmax())
+            start, stop = max(first, peak - around), min(last, peak + around + 1)
+        pieces, _ = language.pieces(tokenizer.convert_ids_to_tokens(table.token[start:stop].tolist()))
+        before, after = ["…"] * (start > first), ["…"] * (stop < last)
+        silent = [0.0] * len(before), [0.0] * len(after)
+        lines.append(shade([*before, *pieces, *after], [*silent[0], *values[start:stop], *silent[1]], largest))
     return "".join(lines) or f"<i>latent {latent} is silent on these {table.n_docs:,} texts</i>"
 
 

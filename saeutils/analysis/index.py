@@ -13,15 +13,13 @@ from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from tqdm.auto import tqdm
 
-from saeutils import steering
-from saeutils.analysis.features import DENSE, LatentTable
+from saeutils.analysis.features import LatentTable, encoded, residual
 from saeutils.kernels import files
 from saeutils.lm import text
 from saeutils.steering.edits import SINK
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
-    from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
 
@@ -30,19 +28,6 @@ def some_texts() -> list[str]:
     pairs = text.load_text("tatoeba", max_docs=400)
     kinds = [text.load_text(name, max_docs=n)["text"] for name, n in (("wikipedia-summaries", 300), ("vader-movies", 500), ("vader-tweets", 300))]
     return [t for kind in (*kinds, pairs["ja"][::2], pairs["en"][1::2]) for t in kind]
-
-
-@torch.no_grad()
-def residual(lm: TransformerBridge, hook: str, ids: Tensor, edits: Sequence[steering.edits.Edit] = ()) -> Tensor:
-    """Activations at ``hook`` for token ids [batch, position] under ``edits``, [batch, position, d]; later blocks do not run."""
-    seen = {}
-
-    def grab(x: Tensor, hook=None) -> None:
-        seen["x"] = x
-
-    with steering.edited(lm, [*edits, (hook, grab)]):
-        lm(ids, stop_at_layer=int(hook.split(".")[1]) + 1)
-    return seen["x"]
 
 
 def indexed(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int = 64) -> tuple[LatentTable, float]:
@@ -56,9 +41,10 @@ def indexed(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], co
         raise ValueError("no texts to search: give some, or none for the embedded ones")
     key = files.key(_weights(lm.original_model), _weights(sae), json.dumps(sae.cfg.to_dict(), sort_keys=True, default=str), hook, list(texts), context)
     path = files.cache_dir("index") / f"{key}.safetensors"
-    if not path.exists():
-        with files.lock("index", key), files.whole(path) as tmp:
-            save_file(_built(lm, sae, hook, texts, context), tmp)
+    with files.lock("index", key):
+        if not path.exists():
+            with files.whole(path) as tmp:
+                save_file(_built(lm, sae, hook, texts, context), tmp)
     found = load_file(path)
     shape = (len(found["doc"]), sae.cfg.d_sae)
     acts = sparse.csc_array((found["data"], found["indices"], found["indptr"]), shape=shape)
@@ -76,31 +62,22 @@ def _weights(module: torch.nn.Module) -> str:
 @torch.no_grad()
 def _built(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int) -> dict[str, np.ndarray]:
     bos = [lm.tokenizer.bos_token_id] if lm.tokenizer.bos_token_id is not None else []
-    encoded = [bos + ids[: context - len(bos)] for ids in lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    read = [bos + ids[: context - len(bos)] for ids in lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    order = sorted(range(len(read)), key=lambda i: len(read[i]))
     docs, tokens, parts, rows = [], [], [], []
     for at in tqdm(range(0, len(order), 32), desc="indexing texts, once"):
         batch = order[at : at + 32]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(encoded[i]) for i in batch], batch_first=True)
-        real = torch.arange(ids.shape[1]) < torch.tensor([len(encoded[i]) for i in batch])[:, None]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(read[i]) for i in batch], batch_first=True)
+        real = torch.arange(ids.shape[1]) < torch.tensor([len(read[i]) for i in batch])[:, None]
         real[:, : len(bos)] = False
         x = residual(lm, hook, ids.to(lm.cfg.device)).float().cpu()  # [batch, position, d]
         real &= x.norm(dim=2) <= SINK * x[real].norm(dim=1).median() if real.any() else real
         docs.append(torch.tensor(batch)[:, None].expand_as(real)[real])
         tokens.append(ids[real])
         rows.append(x[real])
-        parts.append(_sparse(sae, x[real]))
+        parts.append(encoded(sae, x[real]))
     doc, token, x = torch.cat(docs).numpy(), torch.cat(tokens).numpy(), torch.cat(rows)
     reading = np.argsort(doc, kind="stable")
     acts = sparse.vstack(parts).tocsr()[reading].tocsc()
     spread = np.array([float((x - x.mean(0)).pow(2).sum(1).mean().sqrt())])
     return {"data": acts.data, "indices": acts.indices, "indptr": acts.indptr, "doc": doc[reading], "token": token[reading], "spread": spread}
-
-
-def _sparse(sae: SAE, x: Tensor) -> sparse.csr_array:
-    out = []
-    for part in x.split(max(1, DENSE // sae.cfg.d_sae)):
-        dense = sae.encode(part.to(sae.device, sae.dtype))  # [n, d_sae]
-        at = dense.nonzero(as_tuple=True)
-        out.append(sparse.csr_array((dense[at].float().cpu().numpy(), tuple(i.cpu().numpy() for i in at)), shape=tuple(dense.shape)))
-    return sparse.vstack(out) if out else sparse.csr_array((0, sae.cfg.d_sae))

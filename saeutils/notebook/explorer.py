@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import ipywidgets as w
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from saeutils.analysis import features, index, language
 from saeutils.notebook.widgets import drawing, live, writing
@@ -54,6 +53,7 @@ class Explorer(Board):
         self.lm, self.sae, self.hook = lm, sae, _fitting(lm, sae, hook)
         self.table, self.unit = index.indexed(lm, sae, self.hook, texts)
         self.fired = np.flatnonzero(np.diff(self.table.acts.indptr))
+        self.norms = sae.W_dec.detach().float().norm(dim=1).clamp_min(1e-12)
         self.labels: dict[int, str] = {}
         self.latent, self.position, self.f, self.pieces = 0, None, torch.zeros(0, sae.cfg.d_sae), []
         self.visited, self.past, self.at, self.plain, self.quiet = [], [], 0, {}, False
@@ -115,9 +115,9 @@ class Explorer(Board):
         if not self.sentence.value.strip():
             raise ValueError("type a sentence first")
         bos = int(self.lm.tokenizer.bos_token_id is not None)
-        ids = self.lm.to_tokens(self.sentence.value)[:, : SHOWN + bos]
-        n = self.lm.to_tokens(self.sentence.value).shape[1] - bos
-        x = index.residual(self.lm, self.hook, ids)[0, bos:]  # [tokens, d]
+        whole = self.lm.to_tokens(self.sentence.value)  # [1, position]
+        ids, n = whole[:, : SHOWN + bos], whole.shape[1] - bos
+        x = features.residual(self.lm, self.hook, ids)[0, bos:]  # [tokens, d]
         turn.check()
         self.f = self.sae.encode(x.to(self.sae.device, self.sae.dtype)).float().cpu()  # [tokens, d_sae]
         self.pieces, _ = language.pieces(self.lm.tokenizer.convert_ids_to_tokens(ids[0, bos:].tolist()))
@@ -181,12 +181,12 @@ class Explorer(Board):
 
     @torch.no_grad()
     def _open(self, latent: int, back: bool) -> None:
-        if not 0 <= latent < self.sae.cfg.d_sae:
-            raise ValueError(f"there is no latent {latent}: they are 0 to {self.sae.cfg.d_sae - 1:,}")
+        writing.check_latent(self.sae, latent)
         self.latent = latent
         self.visited = self.visited[:-1] if back else [*self.visited, latent]
-        rows = normalize(self.sae.W_dec.detach().float(), dim=1)
-        cosines, nearest = (rows @ rows[latent]).topk(min(5, len(rows)))
+        rows = self.sae.W_dec.detach().float()
+        cosines = (rows @ rows[latent]) / (self.norms * self.norms[latent])
+        cosines, nearest = cosines.topk(min(5, len(rows)))
         self._label([latent, *nearest.tolist()])
         with self._set():
             self.number.value = latent
@@ -258,7 +258,7 @@ class Explorer(Board):
 
     def write(self, turn: live.Turn, setting: Setting) -> None:
         """The text before, after, and along a random direction of equal norm; then the meters, and an entry in the list."""
-        writing.checked(self.lm, self.sae, setting)
+        writing.check(self.lm, self.sae, setting)
         given = writing.edits(self.sae, self.hook, setting, self.unit, self._typical)
         unedited = (setting.prompt, setting.temperature, setting.seed, setting.tokens)
         written = {"before": self.plain.get(unedited, "")}

@@ -93,6 +93,17 @@ def test_shaded_text_is_escaped(lm, sae, table):
     assert "<b>" not in html and "&lt;" in html and "&amp;" in html
 
 
+def test_cropped_texts_keep_their_peak_and_say_where_they_are_cut(lm, table):
+    latent = int(np.argmax(table.max_per_doc().toarray().max(0)))
+    doc = table.top_docs(latent, 1)[0]
+    values = table.of(latent)[slice(*table.edges[doc : doc + 2])]
+    html = features.shaded(table, lm.tokenizer, latent, n=1, around=1)
+    kept = range(max(0, values.argmax() - 1), min(len(values), values.argmax() + 2))
+    assert html.count("<span") == len(kept) + (kept.start > 0) + (kept.stop < len(values))
+    assert f'title="{values.max():.3g}"' in html and html.count("…") == (kept.start > 0) + (kept.stop < len(values))
+    assert features.shaded(table, lm.tokenizer, latent, n=1, around=10_000) == features.shaded(table, lm.tokenizer, latent, n=1)
+
+
 def test_bad_input(table, sae):
     with pytest.raises(ValueError, match="latent 128 is outside the dictionary: 0…127"):
         table.of(128)

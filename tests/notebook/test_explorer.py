@@ -11,7 +11,7 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopK
 from sae_lens.training.sae_trainer import SAETrainer
 
 from saeutils import steering
-from saeutils.analysis import index
+from saeutils.analysis import features, index
 from saeutils.lm import models
 from saeutils.notebook import explorer
 from saeutils.notebook.widgets import drawing, writing
@@ -29,7 +29,7 @@ def small():
 def plain(small, tmp_path_factory) -> SAE:
     """Trained by SAELens' own class and trainer, saved and loaded by it."""
     with torch.no_grad():
-        x = torch.cat([index.residual(small, HOOK, small.to_tokens(t))[0, 1:].float() for t in TEXTS])
+        x = torch.cat([features.residual(small, HOOK, small.to_tokens(t))[0, 1:].float() for t in TEXTS])
     torch.manual_seed(0)
     cfg = TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=512, k=8, metadata=SAEMetadata(hook_name=HOOK, model_name="another name"))
     sae = TopKTrainingSAE(cfg)
@@ -69,7 +69,7 @@ def test_a_sentence_its_tokens_and_their_latents(opened, small, plain):
     opened.buttons[1].click()
     _done(opened)
     with torch.no_grad():
-        x = index.residual(small, HOOK, small.to_tokens("The girl went to school."))[0, 2:3].float()
+        x = features.residual(small, HOOK, small.to_tokens("The girl went to school."))[0, 2:3].float()
         best = plain.encode(x)[0].topk(8)
     assert [i for _, i in opened.strongest.options] == best.indices.tolist()
     opened.strongest.value = opened.strongest.options[2][1]
@@ -106,8 +106,8 @@ def test_the_random_direction_moves_as_far(small, plain):
     setting = writing.Setting("The girl went", (("add", 3, 0.8), ("add", 4, 0.5)))
     given = writing.edits(plain, HOOK, setting, 100.0, lambda latent: 1.0)
     ids = small.to_tokens(setting.prompt)
-    plain_x = index.residual(small, HOOK, ids)
-    moved = [(index.residual(small, HOOK, ids, e) - plain_x)[0, 1:].float().norm(dim=1) for e in (given, writing.control(small, HOOK, setting, given))]
+    plain_x = features.residual(small, HOOK, ids)
+    moved = [(features.residual(small, HOOK, ids, e) - plain_x)[0, 1:].float().norm(dim=1) for e in (given, writing.control(small, HOOK, setting, given))]
     assert torch.allclose(*moved, rtol=0.02)
 
 
@@ -186,7 +186,7 @@ def test_index_equals_encoding_a_text_by_hand(small, plain):
     table, _ = index.indexed(small, plain, HOOK, TEXTS)
     doc = 1
     with torch.no_grad():
-        x = index.residual(small, HOOK, small.to_tokens(TEXTS[doc]))[0, 1:].float()
+        x = features.residual(small, HOOK, small.to_tokens(TEXTS[doc]))[0, 1:].float()
         expected = plain.encode(x)
     rows = slice(*table.edges[doc : doc + 2])
     assert table.token[rows].tolist() == small.to_tokens(TEXTS[doc])[0, 1:].tolist()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saeutils.analysis import features, language
+from saeutils.analysis import features
 
 WORD = re.compile(r"\s*\S+|\s+$")
 AROUND = 15  # tokens shown on either side of a latent's peak
@@ -24,21 +24,6 @@ def visible(piece: str) -> str:
 def tokens(pieces: Sequence[str], values: np.ndarray) -> str:
     """A sentence, its tokens shaded by one latent's activations [tokens]."""
     return features.shade(pieces, values, max(float(values.max(initial=0.0)), 1e-9))
-
-
-def crops(table: features.LatentTable, tokenizer, latent: int, n: int = 10) -> str:
-    """The ``n`` strongest texts of a latent, each cropped to ±15 tokens around its peak."""
-    values = table.of(latent)
-    largest, out = max(float(values.max(initial=0.0)), 1e-9), []
-    for doc in table.top_docs(latent, n):
-        first, last = table.edges[doc : doc + 2]
-        peak = first + int(values[first:last].argmax())
-        inside = slice(max(first, peak - AROUND), min(last, peak + AROUND + 1))
-        pieces, _ = language.pieces(tokenizer.convert_ids_to_tokens(table.token[inside].tolist()))
-        ends = ["…"] if inside.start > first else [], ["…"] if inside.stop < last else []
-        pieces = [*ends[0], *pieces, *ends[1]]
-        out.append(features.shade(pieces, [*[0.0] * len(ends[0]), *values[inside], *[0.0] * len(ends[1])], largest))
-    return "".join(out) or "<i>silent on the indexed texts</i>"
 
 
 def histogram(values: np.ndarray, bins: int = 24, width: int = 220, height: int = 60) -> str:
@@ -65,7 +50,7 @@ def card(number: int, label: str, table: features.LatentTable, tokenizer, words:
     return (
         f"<div><b>latent {number}</b> · {html.escape(label)}{page}</div>"
         f"<div>active on {len(active) / max(1, len(values)):.2%} of {len(values):,} tokens</div>"
-        f"{histogram(active)}{lists}<div style='margin-top:4px'><b>strongest texts</b></div>{crops(table, tokenizer, number)}"
+        f"{histogram(active)}{lists}<div style='margin-top:4px'><b>strongest texts</b></div>{features.shaded(table, tokenizer, number, n=10, around=AROUND)}"
     )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import normalize
 
-from saeutils import steering
-from saeutils.analysis import index
+from saeutils import metrics, steering
+from saeutils.analysis.features import residual
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -39,8 +38,16 @@ class Setting:
         return f"{self.prompt[:24]} | {edits or 'no edit'} | T {self.temperature:g}, sample {self.seed}"
 
 
-def checked(lm: TransformerBridge, sae: SAE, setting: Setting) -> Setting:
-    """The setting, if it can be run.
+def check_latent(sae: SAE, latent: int) -> None:
+    """Raises:
+    ValueError: the SAE has no such latent.
+    """
+    if not 0 <= latent < sae.cfg.d_sae:
+        raise ValueError(f"there is no latent {latent}: they are 0 to {sae.cfg.d_sae - 1:,}")
+
+
+def check(lm: TransformerBridge, sae: SAE, setting: Setting) -> None:
+    """Can the setting be run?
 
     Raises:
         ValueError: no prompt, or a very long one; a latent that the SAE has not.
@@ -49,9 +56,8 @@ def checked(lm: TransformerBridge, sae: SAE, setting: Setting) -> Setting:
         raise ValueError("write a prompt first")
     if (n := lm.to_tokens(setting.prompt).shape[1]) > LONGEST:
         raise ValueError(f"the prompt has {n:,} tokens: shorten it to {LONGEST}")
-    if bad := [latent for _, latent, _ in setting.slots if not 0 <= latent < sae.cfg.d_sae]:
-        raise ValueError(f"there is no latent {bad[0]}: they are 0 to {sae.cfg.d_sae - 1:,}")
-    return setting
+    for _, latent, _ in setting.slots:
+        check_latent(sae, latent)
 
 
 def edits(sae: SAE, hook: str, setting: Setting, unit: float, typical: Callable[[int], float]) -> list:
@@ -73,7 +79,7 @@ def edits(sae: SAE, hook: str, setting: Setting, unit: float, typical: Callable[
 def control(lm: TransformerBridge, hook: str, setting: Setting, given: Sequence) -> list:
     """A random direction, drawn by the setting's seed, that moves the prompt's tokens as far as the given edits do."""
     ids = lm.to_tokens(setting.prompt)
-    moved = (index.residual(lm, hook, ids, given) - index.residual(lm, hook, ids))[0].float()  # [position, d]
+    moved = (residual(lm, hook, ids, given) - residual(lm, hook, ids))[0].float()  # [position, d]
     length = float(moved.norm(dim=1).max())
     direction = torch.randn(moved.shape[1], generator=torch.Generator().manual_seed(setting.seed))
     return [steering.add(hook, normalize(direction, dim=0), length)]
@@ -99,17 +105,11 @@ def _vader():
     return SentimentIntensityAnalyzer()
 
 
-def repetition(tokens: Sequence[int]) -> float:
-    """Share of token pairs that have been there before, 0 … 1."""
-    pairs = list(pairwise(tokens))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
 def meters(lm: TransformerBridge, prompt: str, written: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """Measure → text → value; the first text is what the others' extra nats count from."""
     losses = steering.continuation_loss(lm, [prompt], [list(written.values())])[0].tolist()
     return {
         "sentiment (VADER, −1 … 1)": {name: _vader().polarity_scores(text)["compound"] for name, text in written.items()},
         "extra nats a token": dict(zip(written, [loss - losses[0] for loss in losses])),
-        "repeated token pairs": {name: repetition(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for name, text in written.items()},
+        "repeated token pairs": {name: metrics.repetition(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for name, text in written.items()},
     }
