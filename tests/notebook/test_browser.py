@@ -89,8 +89,9 @@ def _open(page, address: str, refused: type[Exception]) -> None:
         except refused:
             time.sleep(0.5)
     page.wait_for_selector(".jp-Notebook")
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
-    for _ in range(20):  # what is asked before the kernel is there is lost
+    page.add_locator_handler(page.locator(".jp-Dialog"), lambda dialog: dialog.locator(".jp-mod-accept").click())
+    page.wait_for_selector("#jp-main-statusbar >> text=/ipykernel.*Idle/")
+    for _ in range(20):  # what is asked before the kernel is there is lost, or answered by a dialog that asks which kernel
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
         page.wait_for_timeout(1000)
