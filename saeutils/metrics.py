@@ -26,16 +26,23 @@ def squared_error(reconstruction: Tensor, x: Tensor) -> Tensor:
 
 
 def fvu(x: Tensor, reconstruction: Tensor) -> float:
-    """Fraction of variance unexplained: Σ‖x − x̂‖² / Σ‖x − mean(x)‖² over rows [n, d]."""
-    return float((x - reconstruction).pow(2).sum() / (x - x.mean(0)).pow(2).sum())
+    """Fraction of variance unexplained: Σ‖x − x̂‖² / Σ‖x − mean(x)‖² over rows [n, d], summed in float32 whatever they are in.
+
+    Raises:
+        ValueError: no rows, or rows that do not vary.
+    """
+    x, reconstruction = x.float(), reconstruction.float()
+    if not float(variance := (x - x.mean(0)).pow(2).sum()) > 0:  # NaN too
+        raise ValueError(f"fvu: {len(x):,} rows of variance {float(variance):.3g}: there is nothing to explain")
+    return float((x - reconstruction).pow(2).sum() / variance)
 
 
 @torch.no_grad()
 def evaluate(sae: SAE, x: Tensor, batch_size: int = 2048) -> dict[str, float]:
     """FVU, mean L0 and share of latents that never fire over rows ``x`` [n, d_in]."""
-    out, l0, fired = torch.empty_like(x), 0.0, torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
+    out, l0, fired = torch.empty_like(x, dtype=torch.float32), 0.0, torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
     for at in range(0, len(x), batch_size):
-        acts = sae.encode(x[at : at + batch_size])  # [batch, d_sae]
+        acts = sae.encode(x[at : at + batch_size].to(sae.device, sae.dtype))  # [batch, d_sae]
         out[at : at + batch_size] = sae.decode(acts)
         active = (acts.to_dense() if acts.is_sparse else acts) != 0
         l0 += float(active.sum())
@@ -64,7 +71,9 @@ def decoder_cosines(W_dec: Tensor, rows: int | None = None, seed: int = 0, block
 
 
 def orthogonality(W_dec: Tensor, rows: int | None = None, seed: int = 0) -> dict[str, float]:
-    """Mean and maximum |cos| between different rows of W_dec [n, d]; see :func:`decoder_cosines` for ``rows``."""
+    """Mean and maximum |cos| between different rows of W_dec [n, d], NaN of a single one; see :func:`decoder_cosines` for ``rows``."""
+    if len(W_dec) < 2:
+        return {"mean": float("nan"), "max": float("nan")}
     total, count, largest = 0.0, 0, 0.0
     for cosines in decoder_cosines(W_dec, rows, seed):
         total += float(cosines.double().sum())

@@ -123,3 +123,17 @@ def test_differences_of_other_statistics_are_paired_or_not():
 def test_repetition_counts_pairs_of_tokens():
     assert metrics.repetition([5, 5, 5, 5, 5]) == 0.75 and metrics.repetition([1, 2, 3, 1]) == 0
     assert metrics.repetition([1, 2, 1, 2]) == pytest.approx(1 / 3) and metrics.repetition([]) == metrics.repetition([7]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fvu_is_summed_in_float32(dtype):
+    x = 3 * torch.randn(2000, 640, generator=torch.Generator().manual_seed(0))
+    assert metrics.fvu(x.to(dtype), (x + 0.1).to(dtype)) == pytest.approx(metrics.fvu(x, x + 0.1), rel=0.1)
+    y = x[:, :64] / 3 + 10
+    assert metrics.fvu(y.to(dtype), y.to(dtype) * 1.0) == 0
+    with pytest.raises(ValueError, match="5 rows of variance 0: there is nothing to explain"):
+        metrics.fvu(torch.ones(5, 3), torch.zeros(5, 3))
+
+
+def test_one_row_has_no_other_to_be_orthogonal_to():
+    assert np.isnan(metrics.orthogonality(torch.ones(1, 4))["mean"])

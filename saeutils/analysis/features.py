@@ -17,7 +17,10 @@ from tqdm.auto import tqdm
 
 from saeutils import steering
 from saeutils.analysis import language
+from saeutils.lm import parts
 from saeutils.lm.activations import Activations
+from saeutils.lm.tokens import encode
+from saeutils.saes import provenance
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -87,8 +90,11 @@ def latent_table(acts: Activations, sae: SAE, n_docs: int, l2: bool = False) -> 
     """Encode every collected row; ``acts`` is a small set from :func:`saeutils.lm.activations.collect`. ``l2``: rows to norm 1.
 
     Raises:
-        ValueError: the SAE has another input width than the activations.
+        ValueError: the SAE has another input width than the activations, was trained at another hook point, or on scaled rows.
     """
+    l2 = l2 or provenance.takes_unit_rows(sae)
+    if not l2:
+        provenance.require_raw(sae, acts.meta.get("hook", ""))
     if acts.d != sae.cfg.d_in:
         raise ValueError(f"activations have d={acts.d}, the SAE expects d_in={sae.cfg.d_in}: same LM and hook point?")
     rows = acts.all()
@@ -125,7 +131,7 @@ def residual(lm: TransformerBridge, hook: str, ids: Tensor, edits: Sequence[stee
 @torch.no_grad()
 def top_latents(lm: TransformerBridge, sae: SAE, hook: str, prompt: str, n: int = 10) -> pd.Series:
     """The ``n`` strongest latents at the prompt's last token: activation by latent number."""
-    x = residual(lm, hook, lm.to_tokens(prompt))[0, -1:]
+    x = residual(lm, hook, encode(lm, prompt))[0, -1:]
     values, indices = sae.encode(x.to(sae.device, sae.dtype))[0].topk(n)
     return pd.Series(values.float().cpu().numpy(), index=indices.tolist(), name=prompt)
 
@@ -137,20 +143,11 @@ def promoted(lm: TransformerBridge, direction: Tensor) -> Tensor:
     The logit lens, centred. The final norm's gain is applied, its data-dependent scale is not: compare tokens, not sizes.
     """
     weight = lm.original_model.get_output_embeddings().weight  # [vocabulary, d]
-    gain, centres = _final_norm(lm)
+    gain, centres = parts.final_norm(lm)
     direction = direction.float().to(weight.device)
-    read = gain.float().to(weight.device) * (direction - direction.mean(-1, keepdim=True) if centres else direction)
+    read = gain.to(weight.device) * (direction - direction.mean(-1, keepdim=True) if centres else direction)
     logits = torch.cat([read @ part.float().T for part in weight.split(8192)], dim=-1)  # float32 copies that fit the cache
     return logits - logits.mean(-1, keepdim=True)
-
-
-def _final_norm(lm: TransformerBridge) -> tuple[Tensor, bool]:
-    """γ of the final norm (Gemma's multiplies by 1 + weight), and whether it centres."""
-    for name, parameter in lm.original_model.named_parameters():
-        if any(key in name for key in ("ln_f.", "final_layer_norm.", "model.norm.")) and name.endswith("weight"):
-            gain = parameter + 1 if "gemma" in lm.original_model.config.model_type else parameter
-            return gain.detach(), "model.norm." not in name
-    return torch.ones(lm.cfg.d_model), False
 
 
 def token_table(lm: TransformerBridge, direction: Tensor, n: int = 10) -> pd.DataFrame:
@@ -198,8 +195,8 @@ def shaded(
 def promoting(lm: TransformerBridge, sae: SAE, token: int) -> Tensor:
     """How much every latent's decoder row promotes one token by the direct path, per unit of its norm, [d_sae]."""
     weight = lm.original_model.get_output_embeddings().weight
-    gain, centres = _final_norm(lm)
-    read = (weight[token].float() - weight.mean(0, dtype=torch.float32)) * gain.float().to(weight.device)  # [d]
+    gain, centres = parts.final_norm(lm)
+    read = (weight[token].float() - weight.mean(0, dtype=torch.float32)) * gain.to(weight.device)  # [d]
     if centres:
         read = read - read.mean()
     rows = torch.nn.functional.normalize(sae.W_dec.float(), dim=1)

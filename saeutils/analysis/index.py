@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from saeutils.analysis.features import LatentTable, encoded, residual
 from saeutils.kernels import files
 from saeutils.lm import text
+from saeutils.lm.tokens import begin
 from saeutils.steering.edits import SINK
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -61,7 +62,7 @@ def _weights(module: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def _built(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int) -> dict[str, np.ndarray]:
-    bos = [lm.tokenizer.bos_token_id] if lm.tokenizer.bos_token_id is not None else []
+    bos = begin(lm)
     read = [bos + ids[: context - len(bos)] for ids in lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     order = sorted(range(len(read)), key=lambda i: len(read[i]))
     docs, tokens, parts, rows = [], [], [], []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saeutils import steering
+from saeutils.lm.tokens import encode
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -82,7 +83,7 @@ class Facts:
         first = {v: self._first(v) for a in prompts for v in values[a]}
         state, known = {}, np.ones(len(entities), dtype=bool)
         for a, prompt in prompts.items():
-            ids = [lm.to_tokens(prompt.format(e["name"]))[0] for e in entities]
+            ids = [encode(lm, prompt.format(e["name"]))[0] for e in entities]
             x, logits = self._run(ids)
             options = torch.tensor([first[v] for v in values[a]])
             answer = torch.tensor([first[e[a]] for e in entities])

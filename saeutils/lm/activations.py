@@ -1,10 +1,8 @@
 """Activations of one hook point over a corpus: collected once, cached on disk, read as shuffled batches."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saeutils.kernels import files
-from saeutils.lm import models
-from saeutils.lm.collector import Collector, parse_hook, pools, shard_tokens, taken, tokenize, windows_of
+from saeutils.lm import batches, corpus
+from saeutils.lm.collector import Collector, pools, tokenize
 
 SPLITS = ("train", "validation", "test")
-
-
-def _key(lm: str, hook: str, text: Dataset, load: dict, **rest) -> str:
-    """A digest of everything that the rows depend on, the model's weights and every text included."""
-    parse_hook(hook)
-    digest = hashlib.sha256()
-    for document in text["text"]:
-        digest.update(document.encode() + b"\0")
-    lm = models.identity(lm, load.get("revision"))
-    device = load.get("device") or models.default_device()
-    load = {**load, "device": device, "dtype": load.get("dtype") or models.default_dtype(device)}
-    digest.update(json.dumps([lm, hook, {k: str(v) for k, v in load.items()}, rest], sort_keys=True).encode())
-    return digest.hexdigest()[:16]
 
 
 def collect(
@@ -59,10 +44,11 @@ def collect(
         outlier: drop rows with a norm above this many medians.
 
     Raises:
-        ValueError: unknown hook or layer, too little text, non-finite activations.
+        ValueError: unknown hook or layer, too little text, non-finite activations; what :mod:`saeutils.lm.corpus` refuses.
     """
     settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
-    folder = files.cache_dir("activations", _key(lm, hook, text, load, **settings))
+    corpus.require(lm, text, context, outlier, n_tokens)
+    folder = files.cache_dir("activations", corpus.key(lm, hook, text, load, **settings))
     with files.lock("activations", folder.name):
         acts = Activations(folder)
         damaged = acts.damaged()  # hashes every shard: once
@@ -94,6 +80,16 @@ def _fill(
     _write_json(folder / "meta.json", {**Activations(folder).meta, "complete": True})
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:  # truncated by a disk that was full or lost it
+        print(f"{path} is damaged: its shards are collected again")
+        return {}
+
+
 def _shard(n: int) -> str:
     return f"shard-{n:05d}.safetensors"
 
@@ -112,7 +108,7 @@ class Activations:
     def __init__(self, folder: str | Path, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)):
         self.folder, self.fractions = Path(folder), fractions
         meta = self.folder / "meta.json"
-        self.meta: dict = json.loads(meta.read_text()) if meta.exists() else {}
+        self.meta = _read_json(meta)
         self.d: int = self.meta.get("d", 0)
         self._scales: dict[tuple[bool, str], float] = {}
 
@@ -138,11 +134,21 @@ class Activations:
         return {s: [(a == i).nonzero()[:, 0] for a in assigned] for i, s in enumerate(SPLITS)}
 
     def count(self, split: str = "train") -> int:
-        """Number of rows in a split."""
+        """Number of rows in a split.
+
+        Raises:
+            ValueError: no such split; a folder without activations.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"unknown split={split!r}: one of {SPLITS}")
+        if not self.meta.get("shards"):
+            raise ValueError(f"no activations in {self.folder}: collect writes them, and gives back what reads them")
         return sum(map(len, self._rows[split]))
 
     def sample(self, n: int, split: str = "validation", seed: int = 0) -> dict[str, Tensor]:
         """At most ``n`` random rows: ``x`` [n, d] float32, ``token``, ``doc``, ``position`` [n]."""
+        if not self.count(split):
+            raise ValueError(f"the {split} split is empty: collect more documents or change fractions={self.fractions}")
         sizes = [len(r) for r in self._rows[split]]
         picked = np.random.default_rng(seed).permutation(sum(sizes))[:n]
         edges = np.cumsum([0, *sizes])
@@ -152,8 +158,6 @@ class Activations:
             if len(inside):
                 rows = self._rows[split][i][torch.from_numpy(inside)]
                 parts.append({k: v[rows] for k, v in self._load(name).items()})
-        if not parts:
-            raise ValueError(f"the {split} split is empty: collect more documents or change fractions={self.fractions}")
         out = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
         return {**out, "x": out["x"].float()}
 
@@ -171,11 +175,11 @@ class Activations:
 
     def scale(self, centre: bool = True, normalise: str = "scale") -> float:
         """The factor by which ``batches`` multiplies train rows, centred or not: see its ``normalise``."""
-        if not _one_factor(normalise):
+        if not batches.one_factor(normalise):
             return 1.0
         if (asked := (centre, normalise)) not in self._scales:
             x = self.sample(50_000, "train")["x"]
-            self._scales[asked] = _factor(x.sub_(self.mean) if centre else x, normalise)
+            self._scales[asked] = batches.factor(x.sub_(self.mean) if centre else x, normalise)
         return self._scales[asked]
 
     def batches(
@@ -188,7 +192,7 @@ class Activations:
         normalise: str = "none",
         centre: bool = False,
         group: int = 16,
-    ) -> Iterator[Tensor]:
+    ) -> batches.Batches:
         """Endless shuffled batches [batch_size, d], float32, deterministic in ``seed``; ``start`` skips so many cheaply.
 
         Args:
@@ -201,8 +205,9 @@ class Activations:
             raise ValueError(f"{split} has {self.count(split):,} rows, fewer than one batch of {batch_size:,}")
         shift = self.mean if centre else torch.zeros(self.d)
         factor = self.scale(centre, normalise)
-        for rows in self._shuffled(batch_size, split, seed, start, group):
-            yield _normalised(rows, shift, factor, normalise)
+        origin = {"lm": self.meta["lm"], "hook": self.meta["hook"], "normalise": normalise, "factor": factor, "centred": centre}
+        rows = self._shuffled(batch_size, split, seed, start, group)
+        return batches.Batches((batches.normalised(x, shift, factor, normalise) for x in rows), origin)
 
     def _shuffled(self, size: int, split: str, seed: int, start: int, group: int) -> Iterator[Tensor]:
         rng = np.random.default_rng(seed)
@@ -225,75 +230,3 @@ class Activations:
                     yield pool[at_row : at_row + size]
                 left = pool[whole:].clone()
                 del pool  # before the next group is read: one group in memory, not two
-
-
-def stream(
-    lm: str, hook: str, text: Dataset, *, batch_size: int = 4096, context: int = 128, outlier: float = 10.0,
-    normalise: str = "none", centre: bool = False, seed: int = 0, buffer: int = 4, start: int = 0, **load,
-) -> Iterator[Tensor]:  # fmt: skip
-    """Endless shuffled batches [batch_size, d] straight from the LM, for runs larger than disk and memory.
-
-    A pool of ``buffer`` + 1 shards is filled, half of it is given out, and so on; mean and scale are those of the first
-    pool; validation and test documents (as :class:`Activations` assigns them) never appear. ``start`` replays so many
-    batches. Other arguments as in :func:`collect` and :meth:`Activations.batches`.
-
-    Memory, however long the text: one and a half pools and five shards of 65,536 rows in the LM's dtype, so 1.1 GB for
-    d = 640 in bfloat16 with the default buffer.
-
-    Raises:
-        ValueError: as :func:`collect`; a buffer too small for the batch; an unknown ``normalise``; no row of the text is for training.
-    """
-    shard = shard_tokens()
-    if buffer < 1 or batch_size > buffer * shard:
-        raise ValueError(f"buffer={buffer} shards of {shard:,} rows must hold a batch of {batch_size:,}")
-    one_factor = _one_factor(normalise)
-    collector, assign = Collector(lm, hook, **load), Activations("").split_of
-    pool, used, shift, factor = torch.empty(0), 0, None, 1.0
-    for epoch in count():
-        pieces, filled = windows_of(text, collector.tokenizer, context, seed + epoch), 0
-        for n in count():
-            if not (windows := taken(pieces, collector.tokenizer, shard)).tokens:
-                break
-            rows = collector.rows(range(len(windows.tokens)), windows, outlier)
-            x = rows["x"][assign(rows["doc"]) == 0]
-            if not len(pool):
-                pool = x.new_empty((buffer + 1) * shard, x.shape[1])
-            pool[used : used + len(x)] = x
-            used, filled = used + len(x), filled + len(x)
-            del rows, x  # before the next are born
-            if used + shard <= len(pool):
-                continue
-            order = torch.from_numpy(np.random.default_rng([seed, epoch, n]).permutation(used))
-            if shift is None:
-                some = pool[order[:50_000]].float()
-                shift = some.mean(0) if centre else torch.zeros(some.shape[1])
-                factor = _factor(some - shift, normalise) if one_factor else 1.0
-                del some
-            room = max(used // 2, used + shard - len(pool))  # for a shard at least
-            out = -(-room // batch_size) * batch_size
-            for at in range(0, out, batch_size):
-                if start:
-                    start -= 1
-                    continue
-                yield _normalised(pool[order[at : at + batch_size]], shift, factor, normalise)
-            used -= out
-            pool[:used] = pool[order[out:]]
-        if not filled:
-            raise ValueError("the text has no tokens in documents for training: give more of it")
-
-
-def _one_factor(normalise: str) -> bool:
-    """Is it one factor for all rows? Raises ValueError for an unknown name."""
-    if normalise not in ("none", "l2", "scale", "rms"):
-        raise ValueError(f"unknown normalise={normalise!r}: none, l2, scale or rms")
-    return normalise in ("scale", "rms")
-
-
-def _factor(x: Tensor, normalise: str) -> float:
-    norms = x.norm(dim=-1)
-    return x.shape[1] ** 0.5 / float(norms.mean()) if normalise == "scale" else 1 / float(norms.pow(2).mean().sqrt())
-
-
-def _normalised(rows: Tensor, shift: Tensor, factor: float, normalise: str) -> Tensor:
-    x = (rows.float() - shift) * factor
-    return torch.nn.functional.normalize(x, dim=-1) if normalise == "l2" else x

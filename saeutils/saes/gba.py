@@ -85,6 +85,8 @@ class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
     scales each row itself. (The paper's AdamW decays weights; on rows kept at norm 1 that does nothing, ``train`` has Adam.)
     """
 
+    unit_rows = True  # it takes rows of norm 1; its saved form scales rows itself
+
     def initialize_weights(self) -> None:
         d_sae, d_in, kind = self.cfg.d_sae, self.cfg.d_in, {"dtype": self.dtype, "device": self.device}
         self.W_dec = nn.Parameter(nn.functional.normalize(torch.randn(d_sae, d_in, **kind), dim=1))

@@ -9,6 +9,8 @@ import torch
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 
+from saeutils.lm import parts
+from saeutils.saes import provenance
 from saeutils.saes.jumprelu import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) 
 
     Start of ``b_dec`` in Bricken et al. 2023 ("Towards Monosemanticity") and Gao et al. 2024.
     """
+    x = x if x.dtype == torch.float64 else x.float()
     median = x.mean(0)
     for _ in range(iterations):
         weight = 1 / (x - median).norm(dim=1).clamp_min(1e-8)  # [n]
@@ -95,11 +98,12 @@ def mlp_directions(lm: TransformerBridge, layer: int) -> Tensor:
 
     The MLP adds Σ_i σ_i·u_i + c to the stream. Where the block norms the MLP's output (Gemma 2 and 3), it adds that sum
     divided by its root mean square of the token, and then scaled per coordinate by the norm's weight: the weight belongs
-    to the direction, the division is one number a token. The weight is read off the norm itself, whose value at the
-    all-ones vector it is, so that Gemma's 1 + w needs no special case.
+    to the direction, the division is one number a token. Which norm that is, and that there is nothing else in between, is
+    measured on rows: :func:`saeutils.lm.parts.mlp_gain`.
 
     Raises:
-        ValueError: no such block, or one without a single MLP (mixtures of experts, attention only).
+        ValueError: no such block, one without a single MLP (mixtures of experts, attention only), or one whose MLP's output is
+            changed by more than a norm.
     """
     if not 0 <= layer < len(lm.blocks):
         raise ValueError(f"block {layer}: the model has blocks 0…{len(lm.blocks) - 1}")
@@ -108,9 +112,7 @@ def mlp_directions(lm: TransformerBridge, layer: int) -> Tensor:
     if U is None or U.ndim != 2:
         raise ValueError(f"block {layer} has no MLP with one output matrix: mirror_decoder needs one, use data_points")
     U = U.detach().float()
-    if hasattr(block, "ln2_post"):
-        U = U * block.ln2_post.original_component(torch.ones(U.shape[1], device=U.device)).float()
-    return U
+    return U * parts.mlp_gain(lm, layer, U)
 
 
 @torch.no_grad()
@@ -230,8 +232,10 @@ def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
     f(s·z; b) = s·f(z; b/s). Thresholds, where there are any, shrink with the biases.
 
     Raises:
-        ValueError: a shift with an SAE that does not subtract ``b_dec`` from its input.
+        ValueError: a shift with an SAE that does not subtract ``b_dec`` from its input; what
+            :func:`saeutils.saes.provenance.require_foldable` refuses.
     """
+    provenance.require_foldable(sae, scale, shift is not None)
     if shift is not None and not sae.cfg.apply_b_dec_to_input:
         raise ValueError("a shift can be folded only where apply_b_dec_to_input=True")
     sae.b_enc /= scale
@@ -242,3 +246,4 @@ def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
         sae.threshold /= scale
     if hasattr(sae, "topk_threshold"):  # BatchTopK
         sae.topk_threshold /= scale
+    sae.cfg.metadata.folded = float(scale)

@@ -12,54 +12,93 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from saeutils.lm import tokens
+from saeutils.saes.provenance import require_raw
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
     from transformer_lens.model_bridge import TransformerBridge
 
 Edit = tuple[str, Callable[..., Tensor]]
-Positions = slice | Sequence[int] | None
-AFTER_BOS = slice(1, None)
+Positions = int | slice | Sequence[int] | np.ndarray | Tensor | None
+AFTER_BOS = slice(1, None)  # this very slice: from the first token on where a text has no BOS
 SINK = 10.0  # rows with a norm above this many medians are attention sinks
 _LOCKS: WeakKeyDictionary = WeakKeyDictionary()  # language model → the lock of who edits it
 _FIRST = threading.Lock()
+_NOW = threading.local()  # .call: what the model of this thread's block is reading
+
+
+class _Call(NamedTuple):
+    """One pass of a model: how many tokens its cache holds, and which texts [batch] begin with a token of their own, not with BOS."""
+
+    before: int
+    without_bos: Tensor | bool
+
+
+_ALONE = _Call(0, False)  # an edit that is called by hand
 
 
 def edit(hook: str, d: int, delta: Callable[[Tensor], Tensor], positions: Positions) -> Edit:
     """Wrap ``delta`` (rows [n, d] → rows [n, d] to add) so that it acts on the chosen positions only.
 
-    Positions count from the start of the prompt, generated tokens go on from there; with a key-value cache the hook sees
-    one new position a call, so the count is kept here. Negative ones count from the prompt's end; None means every one.
-    The default everywhere is all but BOS and other attention sinks, whose activations are of another scale.
+    Positions count from the start of the text, generated tokens go on from there: :func:`edited` tells how many tokens the
+    key-value cache holds. Negative ones count from the prompt's end; None means every one. The default everywhere is all
+    but BOS, where the text has one, and other attention sinks, whose activations are of another scale.
+
+    Raises:
+        ValueError: positions that are no whole numbers, slice or None, or a slice that goes backwards.
     """
-    wanted = positions if positions is None or isinstance(positions, slice) else sorted(positions)
-    state, name = {"seen": 0, "prompt": 0}, hook
+    wanted = _wanted(positions)
+    prompt = 0
 
     def apply(x: Tensor, hook=None) -> Tensor:  # x [batch, position, d]
-        length = x.shape[1]
+        nonlocal prompt
+        length, call = x.shape[1], getattr(_NOW, "call", _ALONE)
         if x.shape[2] != d:
             raise ValueError(f"the edit has d={d}, {name} has d={x.shape[2]}: direction or SAE of another model?")
-        if length > 1 or not state["prompt"]:
-            state.update(seen=0, prompt=length)
-        place = torch.arange(state["seen"], state["seen"] + length, device=x.device)
-        state["seen"] += length
-        chosen = True if wanted is None else _selected(place, wanted, state["prompt"])
-        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) & chosen
-        if positions == AFTER_BOS and length > 2:
-            norms = x.float().norm(dim=-1)  # [batch, position]
-            mask = mask & (norms <= SINK * norms.median())
+        prompt = prompt if call.before else length
+        place = torch.arange(call.before, call.before + length, device=x.device)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if positions is AFTER_BOS:
+            if not call.before:
+                mask[:, 0] = call.without_bos
+            if length > 2:
+                norms = x.float().norm(dim=-1)  # [batch, position]
+                mask = mask & (norms <= SINK * norms.median())
+        elif wanted is not None:
+            mask = mask & _selected(place, wanted, prompt)
         if not mask.any():
             return x
         out = x.clone()
         out[mask] = (x[mask].float() + delta(x[mask].float())).to(x.dtype)
         return out
 
+    name = hook
     return hook, apply
+
+
+def _wanted(positions: Positions) -> slice | list[int] | None:
+    if positions is None:
+        return None
+    if isinstance(positions, slice):
+        if (positions.step or 1) < 1:
+            raise ValueError(f"positions={positions} goes backwards: take a step of at least 1")
+        return positions
+    return sorted(_whole(positions, "positions", "whole numbers, a slice or None (all)"))
+
+
+def _whole(given: object, name: str, wanted: str) -> list[int]:
+    numbers = np.atleast_1d(np.asarray(given))
+    if numbers.ndim != 1 or not len(numbers) or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"{name}={given!r}: {wanted}")
+    return numbers.tolist()
 
 
 def _selected(place: Tensor, wanted: slice | list[int], prompt: int) -> Tensor:
@@ -85,10 +124,9 @@ def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: 
     """x ← x + decode(change(f)) − decode(f) with f = encode(x) [n, d_sae]; ``change`` returns new activations.
 
     Raises:
-        ValueError: the SAE was trained at another hook point.
+        ValueError: the SAE was trained at another hook point, or takes other rows than the model's activations.
     """
-    if (trained_at := sae.cfg.metadata.hook_name) and trained_at != hook:
-        raise ValueError(f"the SAE was trained at {trained_at}, not at {hook}")
+    require_raw(sae, hook)
 
     @torch.no_grad()
     def delta(x: Tensor) -> Tensor:
@@ -102,7 +140,7 @@ def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: 
 
 
 def _checked(sae: SAE, latent: int | Sequence[int]) -> list[int]:
-    numbers = [latent] if isinstance(latent, int) else list(latent)
+    numbers = _whole(latent, "latent", "a latent's number, or several")
     if bad := [n for n in numbers if not 0 <= n < sae.cfg.d_sae]:
         raise ValueError(f"latents {bad} are outside the dictionary: 0…{sae.cfg.d_sae - 1}")
     return numbers
@@ -126,13 +164,27 @@ def ablate(hook: str, sae: SAE, latent: int | Sequence[int], positions: Position
 
 
 def project_out(hook: str, directions: Tensor, positions: Positions = AFTER_BOS) -> Edit:
-    """Remove the span of ``directions`` [d] or [n, d] from the activation."""
-    basis = torch.linalg.qr(torch.atleast_2d(directions).detach().float().T)[0]  # [d, n]
+    """Remove the span of ``directions`` [d] or [n, d] from the activation; what depends on others, or is zero, spans nothing more.
+
+    Raises:
+        ValueError: NaN or inf in the directions.
+    """
+    rows = torch.atleast_2d(directions).detach().double()
+    if not torch.isfinite(rows).all():
+        raise ValueError("project_out: the directions have NaN or inf")
+    rows = torch.nn.functional.normalize(rows, dim=1)  # a short direction counts as much as a long one
+    _, sizes, vectors = torch.linalg.svd(rows, full_matrices=False)
+    basis = vectors[sizes > 1e-6].T.float()  # [d, rank]
     return edit(hook, len(basis), lambda x: -(x @ basis.to(x.device)) @ basis.to(x.device).T, positions)
 
 
 def splice(hook: str, sae: SAE) -> Edit:
-    """x ← decode(encode(x)): the SAE's reconstruction in place of the activation (BOS and sinks excepted)."""
+    """x ← decode(encode(x)): the SAE's reconstruction in place of the activation (BOS and sinks excepted).
+
+    Raises:
+        ValueError: as :func:`latents`.
+    """
+    require_raw(sae, hook)
     return edit(hook, sae.cfg.d_in, torch.no_grad()(lambda x: sae(x.to(sae.dtype)).float() - x), AFTER_BOS)
 
 
@@ -151,10 +203,21 @@ def edited(lm: TransformerBridge, edits: Iterable[Edit]):
         raise ValueError(f"{lm.cfg.model_name} has no hook points {missing}; it has blocks 0…{lm.cfg.n_layers - 1}")
     with _FIRST:
         lock = _LOCKS.setdefault(lm, threading.RLock())
-    owner = threading.get_ident()
+    owner, bos = threading.get_ident(), tokens.begin(lm)
+
+    def note(_model, args: tuple, kwargs: dict) -> None:
+        if threading.get_ident() == owner:
+            ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
+            before = 0 if cache is None else cache.get_seq_length()
+            _NOW.call = _Call(before, not bos if ids is None or not bos else ids[:, 0] != bos[0])
 
     def bound(apply: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
         return lambda x, hook=None: apply(x, hook=hook) if threading.get_ident() == owner else None
 
     with lock, lm.hooks(fwd_hooks=[(name, bound(apply)) for name, apply in edits]):
-        yield lm
+        told = lm.original_model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield lm
+        finally:
+            told.remove()
+            _NOW.call = _ALONE

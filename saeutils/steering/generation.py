@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saeutils.lm.tokens import encode, ends, until_end
 from saeutils.steering.edits import Edit, edited
 
 if TYPE_CHECKING:  # late: it takes seconds to import
@@ -31,30 +32,53 @@ def generate(
 ) -> list[list[str]]:  # fmt: skip
     """Continuations: for every prompt a list of ``samples`` texts (the prompt not included).
 
-    Prompts of equal token length share a batch, so nothing is padded. Temperature 0 is greedy; sampling is seeded, and
-    leaves the global random state as it was.
+    Prompts of equal token length share a batch, so nothing is padded. A text ends before the model's end token. Temperature
+    0 is greedy; sampling is seeded, and leaves the global random state as it was.
 
     Raises:
-        ValueError: no prompt, or an empty one; edits at hook points that the model lacks.
+        ValueError: no prompt, an empty one, or one text where a list is expected; no token or sample asked for, more tokens
+            than the model has positions; edits at hook points that the model lacks.
     """
-    if not prompts or any(not p for p in prompts):
+    if isinstance(prompts, str):
+        raise ValueError("give a list of prompts, not one text: [prompt]")
+    if not len(prompts) or any(not p for p in prompts):
         raise ValueError("give at least one prompt, none of them empty")
-    ids = [lm.to_tokens(p)[0] for p in prompts for _ in range(samples)]
+    if tokens < 1 or samples < 1 or temperature < 0:
+        raise ValueError(f"tokens={tokens} and samples={samples} must be at least 1, temperature={temperature} at least 0")
+    ids = [encode(lm, p)[0] for p in prompts for _ in range(samples)]
+    require_room(lm, max(map(len, ids)) + tokens)
     out: list[str] = [""] * len(ids)
     generator = torch.Generator(lm.cfg.device).manual_seed(seed)
     with edited(lm, edits):
         for batch in same_length(ids, batch_size):
             made = continued(lm, torch.stack([ids[i] for i in batch]), tokens, temperature, generator)
-            for i, row in zip(batch, made):
-                out[i] = lm.tokenizer.decode(row, skip_special_tokens=True)
+            for i, row in zip(batch, made.tolist()):
+                out[i] = lm.tokenizer.decode(until_end(row, ends(lm)), skip_special_tokens=True)
     return [out[i : i + samples] for i in range(0, len(out), samples)]
 
 
 def continued(
     lm: TransformerBridge, ids: Tensor, tokens: int, temperature: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Token ids [batch, prompt] → the tokens that follow [batch, tokens], see :func:`stepwise`."""
-    return torch.cat(list(islice(stepwise(lm, ids, temperature, generator), tokens)), dim=1)
+    """Token ids [batch, prompt] → the tokens that follow [batch, ≤ tokens], see :func:`stepwise`.
+
+    Fewer where every text has come to its end token; what a text has behind its own means nothing.
+    """
+    last, over, made = torch.tensor(sorted(ends(lm)), device=ids.device), torch.zeros(len(ids), dtype=torch.bool), []
+    for step in islice(stepwise(lm, ids, temperature, generator), tokens):
+        made.append(step)
+        if (over := over | torch.isin(step[:, 0], last).cpu()).all():
+            break
+    return torch.cat(made, dim=1)
+
+
+def require_room(lm: TransformerBridge, length: int) -> None:
+    """Raises:
+    ValueError: the model has fewer positions than ``length``.
+    """
+    config = lm.original_model.config.get_text_config()
+    if (most := getattr(config, "max_position_embeddings", None)) and length > most:
+        raise ValueError(f"{length:,} tokens with the prompt; {lm.cfg.model_name} reads {most:,}: ask for fewer")
 
 
 def stepwise(

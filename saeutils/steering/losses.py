@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saeutils.lm.tokens import begin, encode
 from saeutils.steering.edits import AFTER_BOS, SINK, Edit, edit, edited, splice
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -36,7 +37,7 @@ def continuation_loss(
     """Mean cross-entropy (nats a token) of each continuation under the unedited model → [prompts, samples]."""
     pairs = [(p, t) for p, row in zip(prompts, texts) for t in row]
     losses = []
-    encoded = [(lm.to_tokens(p)[0], lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for p, t in pairs]
+    encoded = [(encode(lm, p)[0], lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for p, t in pairs]
     for at in range(0, len(pairs), batch_size):
         part = encoded[at : at + batch_size]
         rows = [torch.cat([p, torch.tensor(t, dtype=p.dtype, device=p.device)]) for p, t in part]
@@ -54,9 +55,9 @@ def windows(lm: TransformerBridge, texts: Sequence[str], context: int = 128) -> 
     Raises:
         ValueError: no text of at least two tokens.
     """
-    bos = [lm.tokenizer.bos_token_id] if lm.tokenizer.bos_token_id is not None else []
+    bos = begin(lm)
     encoded = lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    rows = sorted((r for e in encoded if len(r := bos + e[: context - len(bos)]) > 2), key=len)
+    rows = sorted((r for e in encoded if len(r := bos + e[: context - len(bos)]) > len(bos) + 1), key=len)
     if not rows:
         raise ValueError("no text of at least two tokens to measure the loss on")
     return rows
@@ -98,7 +99,7 @@ def loss_recovered(
     rows, total, state = windows(lm, texts, context), [0.0, 0], {}
 
     def remember(x, hook=None):
-        flat = x[:, 1:][state["real"]].float()
+        flat = x[F.pad(state["real"], (1, 0), value=not begin(lm))].float()
         fine = flat[(norms := flat.norm(dim=1)) <= SINK * norms.median()]
         total[0], total[1] = total[0] + fine.sum(0), total[1] + len(fine)
 

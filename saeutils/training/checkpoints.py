@@ -6,19 +6,55 @@ import shutil
 from pathlib import Path
 
 import torch
+from sae_lens.saes.sae import TrainingSAE
+from torch import Tensor
 
 from saeutils.kernels import files, optim
 
+FIX = "give another checkpoint folder, or delete this one"
 STATE = ("fired", "seen", "resampled", "n_training_steps")
+TOLERANCE = 1e-3  # of a trace: far above what another processor rounds otherwise, far below another seed
 
 
-def save(folder: Path, trainer) -> None:
-    """Write ``step-N`` under a temporary name, hash it, rename it; keep the newest two."""
-    tmp = folder / ".saving"
-    shutil.rmtree(tmp, ignore_errors=True)
+@torch.no_grad()
+def trace(x: Tensor, n: int = 8) -> list[float]:
+    """Numbers by which a tensor is known again: its norm, and ``n`` projections on fixed random signs, divided by the norm."""
+    x = x.detach().to("cpu", torch.float32)
+    x = x.reshape(len(x), -1) if x.ndim else x.reshape(1, 1)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(0, 2, (size, n), generator=generator) * 2.0 - 1 for size in x.shape)
+    norm = x.norm()
+    return [float(norm), *((x @ right * left).sum(0) / norm.clamp_min(1e-30)).tolist()]
+
+
+def start_of(sae: TrainingSAE) -> dict[str, list[float]]:
+    """:func:`trace` of all that an SAE starts from."""
+    return {name: trace(tensor) for name, tensor in sae.state_dict().items()}
+
+
+def _alike(a: list[float] | None, b: list[float] | None) -> bool:
+    return a is not None and b is not None and all(abs(x - y) <= TOLERANCE * max(1, abs(x)) for x, y in zip(a, b, strict=True))
+
+
+def save(folder: Path, trainer, batch: Tensor) -> None:
+    """Write ``step-N`` under a temporary name, one process at a time, hash it, rename it; keep the newest two. ``batch``: the last one seen."""
+    with files.lock("checkpoints", str(folder.resolve())):
+        shutil.rmtree(tmp := folder / ".saving", ignore_errors=True)  # of a killed process
+        try:
+            _write(tmp, trainer, batch)
+            shutil.rmtree(final := folder / f"step-{trainer.n_training_steps:08d}", ignore_errors=True)
+            os.replace(tmp, final)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+        for old in sorted(folder.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+
+def _write(tmp: Path, trainer, batch: Tensor) -> None:
     trainer.sae.save_model(tmp)
     trainer.save_trainer_state(tmp)
     extra = {name: getattr(trainer, name) for name in STATE} | trainer.settings
+    extra |= {"start": trainer.start, "rows": trace(batch)}
     extra["generator"] = trainer.generator.get_state()
     if trainer.settings["dead"] == "anthropic":
         extra["recent"] = list(trainer.recent)
@@ -26,10 +62,6 @@ def save(folder: Path, trainer) -> None:
     (tmp / "history.json").write_text(json.dumps(trainer.rows))
     hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
     (tmp / "sha256.json").write_text(json.dumps(hashes))
-    shutil.rmtree(final := folder / f"step-{trainer.n_training_steps:08d}", ignore_errors=True)
-    os.replace(tmp, final)
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
 
 
 def step_of(path: Path) -> int:
@@ -65,17 +97,21 @@ def newest_of_all(folders: dict[str, Path]) -> dict[str, Path]:
 
 
 def restore(path: Path, trainer) -> None:
-    """Put ``trainer`` where it was when it wrote ``path``.
+    """Put ``trainer`` where it was when it wrote ``path``; :func:`require_rows` is for when its batches come.
 
     Raises:
-        ValueError: the checkpoint was written under other settings.
+        ValueError: the checkpoint was written under other settings, or began from other weights.
     """
     saved = json.loads((path / "cfg.json").read_text())
     extra = torch.load(path / "extra.pt", weights_only=True)
     cfg = json.loads(json.dumps(trainer.sae.cfg.to_dict()))
     changed = [k for k, v in saved.items() if k not in ("metadata", "device", "dtype") and cfg.get(k, v) != v]
-    if changed := changed + [k for k, v in trainer.settings.items() if extra[k] != v]:
-        raise ValueError(f"{path} was trained with another {', '.join(changed)}: give another checkpoint folder")
+    changed += [k for k, v in trainer.settings.items() if extra.get(k, v is None) != v]
+    known = extra.get("start", {})
+    if set(known) != set(trainer.start) or not all(_alike(known[name], now) for name, now in trainer.start.items()):
+        changed.append("start (the weights that the SAE came with)")
+    if changed:
+        raise ValueError(f"{path} was trained with another {', '.join(changed)}: {FIX}")
     trainer.sae.load_weights_from_checkpoint(path)
     trainer.load_trainer_state(path)
     optim.fuse(trainer.optimizer)
@@ -87,3 +123,14 @@ def restore(path: Path, trainer) -> None:
     for name in STATE:
         setattr(trainer, name, extra[name])
     trainer.rows.extend(json.loads((path / "history.json").read_text()))
+    trainer.known = extra["rows"]
+
+
+def require_rows(path: Path, trainer, batch: Tensor) -> None:
+    """Is ``batch`` the one that ``trainer`` saw last before it wrote ``path``?
+
+    Raises:
+        ValueError: it is not: other data, or another order.
+    """
+    if not _alike(trainer.known, trace(batch)):
+        raise ValueError(f"{path} was trained on other rows than these batches: {FIX}")

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -18,12 +18,11 @@ from tqdm.auto import tqdm
 
 from saeutils.kernels import memory, optim
 from saeutils.metrics import fvu, orthogonality
-from saeutils.saes import initializers
+from saeutils.saes import initializers, provenance
 from saeutils.saes.base import aux_loss
-from saeutils.training import checkpoints
+from saeutils.training import checkpoints, checks
 from saeutils.training.resampling import RESAMPLERS, reset_adam
 
-DEAD = ("none", "post", "anthropic", "aux_k")
 RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions
 WINDOW = 8  # batches among which ``orders`` shuffles rows
 
@@ -34,6 +33,7 @@ class _Options:
 
     steps: int = 1
     unit_norm: bool = True
+    median_rows: int = 16_384
     dead: str = "none"
     dead_every: int = 500
     dead_until: float = 0.8
@@ -43,10 +43,14 @@ class _Options:
     checkpoint_every: int = 500
     callback: Callable[[int, TrainingSAE, dict], None] | None = None
     seed: int = 0
+    order: int | None = None  # seed of an order of its own
 
 
 class _Trainer(SAETrainer):
     """SAELens' trainer with a fused optimiser, sparse bookkeeping, a history, and decoder rows kept at unit norm."""
+
+    start: dict[str, list[float]]  # traces of the weights it began with, where there are checkpoints
+    known: list[float]  # and of the last batch before the one that it went on from
 
     def __init__(self, name: str, cfg: SAETrainerConfig, sae: TrainingSAE, options: _Options, folder: Path | None):
         memory.reuse()
@@ -63,8 +67,9 @@ class _Trainer(SAETrainer):
         self.generator = torch.Generator().manual_seed(options.seed)
         warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
         self.settings = {  # a checkpoint goes on only with the same
-            "steps": options.steps, "batch": cfg.train_batch_size_samples, "lr": cfg.lr, "warm_up": warm_up,
-            "decay": decay, "dead": options.dead, "seed": options.seed,
+            **{k: v for k, v in vars(options).items() if k not in ("log_every", "checkpoint_every", "callback")},
+            "batch": cfg.train_batch_size_samples, "lr": cfg.lr, "betas": (cfg.adam_beta1, cfg.adam_beta2),
+            "warm_up": warm_up, "decay": decay, "dead_window": cfg.dead_feature_window,
         }  # fmt: skip
 
     def advance(self, batch: Tensor) -> None:
@@ -81,7 +86,7 @@ class _Trainer(SAETrainer):
             if o.callback:
                 o.callback(done, self.sae, self.rows[-1])
         if self.folder and (done % o.checkpoint_every == 0 or done == o.steps):
-            checkpoints.save(self.folder, self)
+            checkpoints.save(self.folder, self, batch)
 
     def _resample(self) -> None:
         silent = (self.fired / self.seen < self.options.dead_threshold).nonzero()[:, 0]
@@ -206,23 +211,29 @@ def train(
             every ``dead_every`` steps up to the share ``dead_until`` of the run, for latents that fired on fewer than
             ``dead_threshold`` of the rows since; ``aux_k`` (auxiliary loss, weight ``aux_k``). TopK classes
             always have their own; ``aux_loss_coefficient=0`` in their config turns it off.
-        checkpoint: folder for checkpoints (and in it one for each of several SAEs); a run that finds one goes on, on a CPU bit for bit.
+        checkpoint: folder for checkpoints (and in it one for each of several SAEs); a run that finds one goes on, on a CPU bit for
+            bit, if its options, its start and the last batch that the checkpoint saw are the same.
         callback: called with (step, sae, history row) at every logged step.
         orders: seed by name: that SAE sees the rows of every WINDOW batches in an order of its own.
 
     Raises:
-        ValueError: unknown ``dead``, k or width out of range, wrong batch width, NaN or inf, batches that end early.
+        ValueError: unknown ``dead``, k or width out of range, wrong batch width, NaN or inf, batches that end early; a
+            checkpoint of other options, another start or other rows.
     """
-    if dead not in DEAD:
-        raise ValueError(f"unknown dead={dead!r}: one of {DEAD}")
     saes = sae if isinstance(sae, dict) else {"": sae}
+    checks.require(saes, batches, steps, dead, {"log_every": log_every, "checkpoint_every": checkpoint_every})
+    steps = int(steps)
     folders = {name: Path(checkpoint) / name for name in saes} if checkpoint else {}
     found = checkpoints.newest_of_all(folders)
     start = checkpoints.step_of(next(iter(found.values()))) if found else 0
-    skipped = start % WINDOW if orders else 0  # an order of its own is drawn for whole windows
-    at = start - skipped
-    stream = iter(batches(start=at)) if callable(batches) else islice(iter(batches), at, None)
-    held = [_checked(stream, saes)]
+    size = WINDOW if orders else 1  # an order of its own is drawn for whole windows
+    at = max(0, start - 1) // size * size  # the last batch that a checkpoint saw is read again: is it the same?
+    made = batches(start=at) if callable(batches) else batches
+    stream = iter(made) if callable(batches) else islice(iter(made), at, None)
+    held = [checks.first(stream, saes)]
+    if origin := getattr(made, "origin", None):
+        for one in saes.values():
+            provenance.record(one, origin)
     if not found and median_rows:
         while sum(map(len, held)) < median_rows and (batch := next(stream, None)) is not None:
             held.append(batch)
@@ -234,27 +245,33 @@ def train(
         adam_beta1=betas[0], adam_beta2=betas[1], device=str(device), dead_feature_window=dead_window,
     )  # fmt: skip
     options = _Options(
-        steps, unit_norm, dead, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every, callback, seed
+        steps, unit_norm, median_rows, dead, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every,
+        callback, seed,
     )  # fmt: skip
     trainers: list[_Trainer] = []
     for name, one in saes.items():
+        began = checkpoints.start_of(one) if folders else {}
         if not found and median_rows:
             one.b_dec.data.copy_(median)
         if not found and unit_norm:
             optim.normalise_rows(one.W_dec)
-        trainers.append(trainer := _Trainer(name, cfg, one, options, folders.get(name)))
+        asked = replace(options, order=orders[name]) if orders else options
+        trainers.append(trainer := _Trainer(name, cfg, one, asked, folders.get(name)))
+        trainer.start = began
         if found:
             checkpoints.restore(found[name], trainer)
-    stream, size, held = chain(held, stream), WINDOW if orders else 1, None
+    stream, held = chain(held, stream), None
     bar = tqdm(initial=start, total=steps, desc="training", disable=not progress)
     for step in range(at, steps, size):
         if len(window := list(islice(stream, size))) < min(size, steps - step):
             ended = f"batches ended after {step + len(window)} of {steps} steps"
             raise ValueError(f"{ended}: give an endless iterator or fewer steps")
         seen = [_reordered(window, orders[t.name], step // size) if orders else window for t in trainers]
+        for trainer, own in zip(trainers, seen) if step < start else ():
+            checkpoints.require_rows(found[trainer.name], trainer, own[start - 1 - step])
         for i in range(max(start - step, 0), min(size, steps - step)):
-            for trainer, batches_of_its_own in zip(trainers, seen):
-                trainer.advance(batches_of_its_own[i])
+            for trainer, own in zip(trainers, seen):
+                trainer.advance(own[i])
             bar.update()
     bar.close()
     for trainer in trainers:
@@ -267,17 +284,3 @@ def _reordered(window: list[Tensor], seed: int, n: int) -> tuple[Tensor, ...]:
     rows = torch.cat(window)
     order = np.random.default_rng([seed, n]).permutation(len(rows))
     return rows[torch.from_numpy(order)].split(len(window[0]))
-
-
-def _checked(stream: Iterator[Tensor], saes: dict[str, TrainingSAE]) -> Tensor:
-    first = next(stream, None)
-    if first is None:
-        raise ValueError("batches is empty")
-    for sae in saes.values():
-        if first.ndim != 2 or first.shape[1] != sae.cfg.d_in:
-            raise ValueError(
-                f"batches are {tuple(first.shape)}, the SAE expects [batch, {sae.cfg.d_in}]: same hook point?"
-            )
-    if not torch.isfinite(first).all():
-        raise ValueError("the first batch has NaN or inf: collect the activations in float32 or bfloat16")
-    return first

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from saeutils.kernels import files
 from saeutils.lm import pretraining
+from saeutils.lm.tokens import encode, ends, until_end
 from saeutils.steering import edits, generation
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -188,15 +189,14 @@ def answers(
 ) -> list[str]:  # fmt: skip
     """Greedy answers, up to the end token; row i of ``delta`` [n, d] is added at ``hook`` on prompt i's last token."""
     require_prompts(prompts)
-    ids = [lm.to_tokens(p)[0] for p in prompts]
+    ids = [encode(lm, p)[0] for p in prompts]
     out = [""] * len(ids)
     for part in generation.same_length(ids, batch_size):
         added = [] if delta is None else [edits.add(hook, delta[part], positions=[-1])]
         with edits.edited(lm, added):
             made = generation.continued(lm, torch.stack([ids[i] for i in part]), tokens)
         for i, row in zip(part, made.tolist()):
-            stop = row.index(lm.tokenizer.eos_token_id) if lm.tokenizer.eos_token_id in row else len(row)
-            out[i] = lm.tokenizer.decode(row[:stop]).strip()
+            out[i] = lm.tokenizer.decode(until_end(row, ends(lm))).strip()
     return out
 
 
@@ -206,7 +206,7 @@ def last_states(
 ) -> dict[str, Tensor]:
     """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
     require_prompts(prompts)
-    ids = [lm.to_tokens(p)[0] for p in prompts]
+    ids = [encode(lm, p)[0] for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
     for at in range(0, len(order), batch_size):

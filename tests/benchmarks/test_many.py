@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import Peak
 
-from saeutils.lm import activations, text
+from saeutils.lm import streams, text
 from saeutils.lm.models import default_device
 from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saeutils.training import train
@@ -19,7 +19,7 @@ BATCH, STEPS, D, N, K = 2048, 12, 640, 5120, 32
 def test_cost_of_each(record, monkeypatch, how_many):
     monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=8192")
     data = text.load_text("wikipedia-summaries", max_docs=3000)
-    stream = activations.stream(
+    stream = streams.stream(
         "gemma-3-270m", "blocks.9.hook_resid_post", data, batch_size=BATCH, buffer=1, normalise="scale"
     )
     first = next(stream)  # the LM is loaded, the pool is full

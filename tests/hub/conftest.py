@@ -14,7 +14,7 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
 from saeutils.kernels import files
-from saeutils.lm import models
+from saeutils.lm import embedded
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CAP = (
@@ -70,7 +70,7 @@ def environment(endpoint) -> Callable[[Path, Path], dict[str, str]]:
 def kernel(environment, stand_in, shared, request) -> Iterator[KernelManager]:
     """One kernel a file, whose notebooks share its imports; two caches, where archives and a Gemma lie at first: thin, or real."""
     scale = request.module.SCALE
-    cache, gemma = shared / f"cache-{scale}", Path(models.local_dir("gemma-3-270m"))
+    cache, gemma = shared / f"cache-{scale}", Path(embedded.local_dir("gemma-3-270m"))
     with FileLock(f"{cache}.lock"):
         for size, put in (("thin", hub.thin_gemma), ("real", partial(shutil.copytree, copy_function=os.symlink))):
             if not (here := cache / size / "archives").exists():

@@ -9,7 +9,7 @@ import transformers
 from datasets import Dataset, concatenate_datasets
 
 from saeutils.kernels import files
-from saeutils.lm import activations, models, text
+from saeutils.lm import activations, models, streams, text
 from saeutils.lm.collector import Collector, Windows, parse_hook, pools, tokenize
 
 HOOK = "blocks.1.hook_resid_post"
@@ -139,7 +139,7 @@ def test_windows_of_all_lengths_come_out_as_if_alone(kind, monkeypatch):
         hidden_size=32, num_attention_heads=4, num_hidden_layers=3, intermediate_size=64, num_key_value_heads=2
     )
     model = model_class(model_class.config_class(vocab_size=64, **shape, head_dim=8)).eval()
-    monkeypatch.setattr(models, "load_hf", lambda *a, **k: (model, types.SimpleNamespace(bos_token_id=1)))
+    monkeypatch.setattr(models, "load_hf", lambda *a, **k: (model, types.SimpleNamespace(bos_token_id=1, eos_token_id=None, pad_token_id=None)))
     collector = Collector("", HOOK, batch_tokens=64)
     g = torch.Generator().manual_seed(0)
     tokens = [[1, *torch.randint(2, 64, (n,), generator=g).tolist()] for n in (3, 31, 8, 15, 7, 22, 1, 90)]
@@ -154,7 +154,7 @@ def test_windows_of_all_lengths_come_out_as_if_alone(kind, monkeypatch):
 
 def test_stream_gives_the_same_kind_of_rows(wiki, monkeypatch):
     monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=2000")
-    stream = activations.stream("gemma-3-270m", HOOK, wiki, batch_size=128, context=64, buffer=1, dtype=torch.float32)
+    stream = streams.stream("gemma-3-270m", HOOK, wiki, batch_size=128, context=64, buffer=1, dtype=torch.float32)
     batches = [next(stream) for _ in range(3)]
     assert all(b.shape == (128, 640) and torch.isfinite(b).all() for b in batches)
     assert not torch.equal(batches[0], batches[1])
@@ -165,7 +165,7 @@ def test_stream_holds_its_pool_and_reads_no_further(wiki, monkeypatch):
     monkeypatch.setattr(Dataset, "select", lambda self, rows: (read.append(len(rows)), real(self, rows))[1])
     monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=2000")
     large = concatenate_datasets([wiki] * 60)  # 9,000 documents
-    stream = activations.stream("gemma-3-270m", HOOK, large, batch_size=256, context=64, buffer=2)
+    stream = streams.stream("gemma-3-270m", HOOK, large, batch_size=256, context=64, buffer=2)
     seen = torch.cat([next(stream) for _ in range(12)])
     assert sum(read) == 100  # tokenised as needed, a hundred at a time
     assert len(seen.unique(dim=0)) > 0.5 * len(seen)  # the corpus repeats itself, the pool does not give a row twice
@@ -174,19 +174,19 @@ def test_stream_holds_its_pool_and_reads_no_further(wiki, monkeypatch):
 @pytest.mark.parametrize("buffer, batch_size", [(1, 500), (1, 2000), (2, 1999), (3, 64)])
 def test_stream_never_overflows_its_pool(wiki, monkeypatch, buffer, batch_size):
     monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=2000")
-    stream = activations.stream("gemma-3-270m", HOOK, wiki, batch_size=batch_size, context=64, buffer=buffer)
+    stream = streams.stream("gemma-3-270m", HOOK, wiki, batch_size=batch_size, context=64, buffer=buffer)
     for batch in islice(stream, 30_000 // batch_size):
         assert batch.shape == (batch_size, 640)
 
 
 def test_stream_refuses_what_it_cannot_hold_or_never_finds(wiki):
     with pytest.raises(ValueError, match="buffer=0 shards of 65,536 rows must hold a batch of 4,096"):
-        next(activations.stream("gemma-3-270m", HOOK, wiki, buffer=0))
+        next(streams.stream("gemma-3-270m", HOOK, wiki, buffer=0))
     with pytest.raises(ValueError, match="unknown normalise='z'"):
-        next(activations.stream("gemma-3-270m", HOOK, wiki, normalise="z"))
+        next(streams.stream("gemma-3-270m", HOOK, wiki, normalise="z"))
     empty = Dataset.from_dict({"text": [""]})
     with pytest.raises(ValueError, match="no tokens in documents for training"):
-        next(activations.stream("gemma-3-270m", HOOK, empty))
+        next(streams.stream("gemma-3-270m", HOOK, empty))
 
 
 def test_pools_keep_every_window_once(wiki):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saeutils.kernels import files
-from saeutils.lm import archives, models, text
+from saeutils.lm import archives, embedded, models, text
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_text_errors():
 
 
 def test_converted_model_is_rebuilt_when_damaged(capsys):
-    folder = models.local_dir("smollm2-135m")
+    folder = embedded.local_dir("smollm2-135m")
     stamp = json.loads((folder / "sha256.json").read_text())
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text("{}")
-    assert models.local_dir("smollm2-135m") == folder
+    assert embedded.local_dir("smollm2-135m") == folder
     assert "damaged: converting smollm2-135m again" in capsys.readouterr().out
     assert (folder / "config.json").read_text() == config
     assert json.loads((folder / "sha256.json").read_text()) == stamp

@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
             yield x[torch.randperm(800, generator=torch.Generator().manual_seed(i))[:200]]
 
     run = partial(train, lr=1e-3, progress=False, checkpoint_every=10)
-    whole, broken, again = (make(every=7, seed=s) for s in (0, 0, 1))
+    whole, broken, again = (make(every=7, seed=0) for _ in range(3))
     run(whole, batches, 40)
 
     def dies(step, *_):

@@ -1,11 +1,12 @@
 """Steering hooks against arithmetic done by hand on a real LM."""
 
+import numpy as np
 import pytest
 import torch
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from saeutils import steering
-from saeutils.lm import models
+from saeutils.lm import models, tokens
 
 HOOK = "blocks.3.hook_resid_post"
 
@@ -169,3 +170,50 @@ def test_bad_input(lm):
     sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
     with pytest.raises(ValueError, match=r"trained at blocks\.1"):
         steering.ablate(HOOK, sae, 1)
+
+
+@pytest.mark.parametrize("positions, moved", [
+    (2, [2]), (np.array([1, 3]), [1, 3]), (torch.tensor([0]), [0]), ([-1], [4]), (range(1, 3), [1, 2]), (slice(None, None, 2), [0, 2, 4]),
+])  # fmt: skip
+def test_positions_in_any_form(positions, moved):
+    _, apply = steering.add("h", torch.ones(8), positions=positions)
+    assert apply(torch.zeros(1, 5, 8))[0, :, 0].nonzero()[:, 0].tolist() == moved
+
+
+@pytest.mark.parametrize("positions, message", [
+    (slice(None, None, -1), "goes backwards"), (1.5, "whole numbers"), ([], "whole numbers"), ("all", "whole numbers"), ([True], "whole numbers"),
+])  # fmt: skip
+def test_positions_that_are_none(positions, message):
+    with pytest.raises(ValueError, match=message):
+        steering.add("h", torch.ones(8), positions=positions)
+
+
+@pytest.mark.parametrize("directions, left", [
+    ([[0, 0, 0, 2.0]], [1, 1, 1, 0]), ([[0, 0, 0, 1.0], [0, 0, 0, -5]], [1, 1, 1, 0]), ([[0.0] * 4], [1, 1, 1, 1]),
+    ([[0, 0, 3, 0], [0.0] * 4, [0, 0, 1e-5, 1e-5]], [1, 1, 0, 0]), (torch.eye(4).repeat(2, 1).tolist(), [0, 0, 0, 0]),
+])  # fmt: skip
+def test_project_out_removes_the_span_and_no_more(directions, left):
+    _, apply = steering.project_out("h", torch.tensor(directions), positions=None)
+    assert torch.allclose(apply(torch.eye(4)[None])[0].diag(), torch.tensor(left).float(), atol=1e-5)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        steering.project_out("h", torch.tensor([1.0, float("nan")]))
+
+
+def test_generation_ends_at_the_end_token(monkeypatch):
+    small = models.load_lm("bilingual-lm/step-0004000")
+    whole = steering.generate(small, ["The girl went"], tokens=12)[0][0]
+    ids = steering.continued(small, tokens.encode(small, "The girl went"), 12)[0].tolist()
+    monkeypatch.setattr(small.original_model.generation_config, "eos_token_id", [ids[4], 10**6])
+    cut = steering.generate(small, ["The girl went", "He said that it was"], tokens=12)
+    assert cut[0][0] == small.tokenizer.decode(ids[: ids.index(ids[4])]) and whole.startswith(cut[0][0])
+    assert steering.continued(small, tokens.encode(small, "The girl went"), 12).shape[1] == ids.index(ids[4]) + 1
+
+
+@pytest.mark.parametrize("kw, message", [
+    ({"prompts": "Paris is"}, "a list of prompts, not one text"), ({"tokens": 0}, "tokens=0"), ({"temperature": -1.0}, "temperature=-1.0"),
+    ({"samples": 0}, "samples=0"), ({"tokens": 10**6}, "tokens with the prompt; .* reads"), ({"prompts": ["a", 3]}, "a text is expected, not int"),
+])  # fmt: skip
+def test_generation_refuses(kw, message):
+    small = models.load_lm("bilingual-lm/step-0004000")
+    with pytest.raises(ValueError, match=message):
+        steering.generate(small, **{"prompts": ["The"], "tokens": 2, **kw})

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from functools import partial
 from itertools import count
 
@@ -190,3 +191,84 @@ def test_batchtopk_goes_on_bit_for_bit(tmp_path, rows):
     train(resumed, batches, 10, checkpoint=tmp_path, checkpoint_every=5, progress=False)
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "topk_threshold"):
         assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run's folder, and the same run with something else: other data, another start, other options."""
+    folder = tmp_path_factory.mktemp("run")
+
+    def run(shift=0.0, start=0, order=0, **kw):
+        data = torch.randn(60 * 64, 32, generator=torch.Generator().manual_seed(order)) * (1 + shift) + shift
+        sae = _topk(32, 64, 4, seed=start)
+        options = dict(progress=False, checkpoint=folder, checkpoint_every=10) | kw
+        train(sae, lambda start=0: iter(data.split(64)[start:]), 40, **options)
+        return sae
+
+    return run(), run
+
+
+OTHERS = {
+    "other rows than these batches": [{"shift": 7.0}, {"order": 1}],
+    "another start": [{"start": 5}],
+    **{f"another {name}": [{name: value}] for name, value in {
+        "unit_norm": False, "median_rows": 0, "lr": 1e-3, "betas": (0.8, 0.99), "warm_up": 1, "decay": 1, "dead_window": 7,
+        "dead": "post", "dead_every": 5, "dead_until": 0.5, "dead_threshold": 1e-2, "aux_k": 0.5, "seed": 3,
+    }.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what, changed", [(what, one) for what, several in OTHERS.items() for one in several])
+def test_a_checkpoint_of_another_run_is_refused_by_name(finished, what, changed):
+    with pytest.raises(ValueError, match=what):
+        finished[1](**changed)
+
+
+def test_a_finished_run_is_found_again(finished):
+    sae, run = finished
+    assert torch.equal(run().W_dec, sae.W_dec)
+    assert torch.equal(run(log_every=5, checkpoint_every=7).W_dec, sae.W_dec)  # these change no weight
+
+
+def test_an_order_of_its_own_is_part_of_the_run(tmp_path, rows):
+    def run(order):
+        sae = _topk()
+        kw = dict(orders={"a": order}, median_rows=0, progress=False, checkpoint=tmp_path, checkpoint_every=5)
+        train({"a": sae}, lambda start=0: iter(rows[: 24 * 128].split(128)[start:]), 13, **kw)
+        return sae
+
+    assert torch.equal(run(5).W_dec, run(5).W_dec)
+    with pytest.raises(ValueError, match="another order: give another checkpoint folder, or delete this one"):
+        run(6)
+
+
+@pytest.mark.parametrize("kw, message", [
+    ({"steps": 0}, "steps=0"), ({"steps": 2.5}, "steps=2.5"), ({"log_every": 0}, "'log_every': 0"), ({"checkpoint_every": 0}, "'checkpoint_every': 0"),
+    ({"batches": types.SimpleNamespace(batches=1)}, r"functools.partial\(acts.batches, 4096\)"), ({"sae": {}}, "no SAE to train"),
+])  # fmt: skip
+def test_refused_before_work_starts(rows, kw, message):
+    given = {"sae": _topk(), "batches": partial(_batches, rows), "steps": 3, "progress": False} | kw
+    with pytest.raises(ValueError, match=message):
+        train(**given)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("cls, cfg", [
+    (SparseTopKTrainingSAE, partial(SparseTopKTrainingSAEConfig, k=8)), (StandardTrainingSAE, StandardTrainingSAEConfig),
+])  # fmt: skip
+def test_half_precision_and_autocast_are_refused(rows, cls, cfg, dtype):
+    with pytest.raises(ValueError, match=rf"the SAE is in torch.{dtype}, in which Adam's small steps are lost"):
+        train(cls(cfg(d_in=640, d_sae=128, dtype=dtype)), partial(_batches, rows), 3, progress=False)
+    with pytest.raises(ValueError, match="leave the block"), torch.autocast("cpu", torch.bfloat16):
+        train(cls(cfg(d_in=640, d_sae=128)), partial(_batches, rows), 3, progress=False)
+
+
+def test_rows_in_half_precision_train_as_their_float32_copies(rows):
+    half, whole = _topk(), _topk()
+    train(half, partial(_batches, rows.bfloat16()), 5, progress=False)
+    train(whole, partial(_batches, rows.bfloat16().float()), 5, progress=False)
+    assert torch.equal(half.W_dec, whole.W_dec)
+
+
+def test_steps_may_be_written_as_a_float_and_a_single_latent_trains(rows):
+    assert len(train(_topk(d_sae=1, k=1.0), partial(_batches, rows), 1e1, progress=False)) == 2

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from saeutils import metrics, steering
 from saeutils.analysis.features import residual
+from saeutils.lm.tokens import encode, ends, until_end
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -54,7 +55,7 @@ def check(lm: TransformerBridge, sae: SAE, setting: Setting) -> None:
     """
     if not setting.prompt.strip():
         raise ValueError("write a prompt first")
-    if (n := lm.to_tokens(setting.prompt).shape[1]) > LONGEST:
+    if (n := encode(lm, setting.prompt).shape[1]) > LONGEST:
         raise ValueError(f"the prompt has {n:,} tokens: shorten it to {LONGEST}")
     for _, latent, _ in setting.slots:
         check_latent(sae, latent)
@@ -78,7 +79,7 @@ def edits(sae: SAE, hook: str, setting: Setting, unit: float, typical: Callable[
 @torch.no_grad()
 def control(lm: TransformerBridge, hook: str, setting: Setting, given: Sequence) -> list:
     """A random direction, drawn by the setting's seed, that moves the prompt's tokens as far as the given edits do."""
-    ids = lm.to_tokens(setting.prompt)
+    ids = encode(lm, setting.prompt)
     moved = (residual(lm, hook, ids, given) - residual(lm, hook, ids))[0].float()  # [position, d]
     length = float(moved.norm(dim=1).max())
     direction = torch.randn(moved.shape[1], generator=torch.Generator().manual_seed(setting.seed))
@@ -89,13 +90,15 @@ def growing(lm: TransformerBridge, setting: Setting, given: Sequence, check: Cal
     """The continuation after each token; the last is what :func:`saeutils.steering.generate` gives. ``check`` may raise."""
     made = []
     steps = steering.stepwise(
-        lm, lm.to_tokens(setting.prompt), setting.temperature, torch.Generator(lm.cfg.device).manual_seed(setting.seed)
+        lm, encode(lm, setting.prompt), setting.temperature, torch.Generator(lm.cfg.device).manual_seed(setting.seed)
     )
     for _ in range(setting.tokens):
         check()
         with steering.edited(lm, given):  # a token at a time: others may use the model in between
-            made.append(next(steps))
-        yield lm.tokenizer.decode(torch.cat(made, 1)[0], skip_special_tokens=True)
+            made.append(int(next(steps)))
+        yield lm.tokenizer.decode(until_end(made, ends(lm)), skip_special_tokens=True)
+        if made[-1] in ends(lm):
+            break
 
 
 @cache

@@ -1,0 +1,43 @@
+"""What a text must be before an LM runs over it, and the key under which its rows are found again."""
+
+import hashlib
+import json
+
+from datasets import Dataset
+
+from saeutils.lm import models
+from saeutils.lm.collector import parse_hook
+
+VERSION = 2  # of the rows: raise it when the same text, LM and options would give others (a golden test notices)
+
+
+def require(lm: str, text: Dataset, context: int, outlier: float, n_tokens: int | None = None) -> None:
+    """Raises:
+    ValueError: a model where its name is expected, another collection than one ``datasets.Dataset`` with a column ``text``, an
+        empty one, a window without room for a token behind BOS, an outlier bound that would drop half of all rows.
+    """
+    if not isinstance(lm, str):
+        raise ValueError(f"lm: give the model's name or folder, not a {type(lm).__name__}: it is loaded as far as the hook")
+    if not isinstance(text, Dataset) or "text" not in text.column_names:
+        fix = "choose a split, text['train']" if isinstance(text, dict) else "Dataset.from_dict({'text': [...]}) makes one"
+        raise ValueError(f"text: a datasets.Dataset with a column 'text' is expected, not {type(text).__name__}: {fix}")
+    if not len(text):
+        raise ValueError("the text has no documents: give more of it")
+    if context < 2 or outlier <= 1 or (n_tokens is not None and n_tokens < 1):
+        raise ValueError(
+            f"context={context} must be at least 2 (BOS is one), outlier={outlier} more than 1 median, n_tokens={n_tokens} at least 1"
+        )
+
+
+def key(lm: str, hook: str, text: Dataset, load: dict, **rest) -> str:
+    """A digest of everything that the rows depend on, the model's weights, every text and :data:`VERSION` included."""
+    parse_hook(hook)
+    digest = hashlib.sha256()
+    for document in text["text"]:
+        digest.update(document.encode() + b"\0")
+    lm = models.identity(lm, load.get("revision"))
+    device = load.get("device") or models.default_device()
+    load = {**load, "device": device, "dtype": load.get("dtype") or models.default_dtype(device)}
+    parts = [VERSION, lm, hook, {k: str(v) for k, v in load.items()}, rest]
+    digest.update(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()[:16]

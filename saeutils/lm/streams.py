@@ -1,0 +1,84 @@
+"""Rows straight from the LM, for runs larger than disk and memory."""
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from saeutils.lm import batches, corpus
+from saeutils.lm.activations import Activations
+from saeutils.lm.collector import Collector, shard_tokens, taken, windows_of
+
+
+def stream(
+    lm: str, hook: str, text: Dataset, *, batch_size: int = 4096, context: int = 128, outlier: float = 10.0,
+    normalise: str = "none", centre: bool = False, seed: int = 0, buffer: int = 4, start: int = 0, **load,
+) -> batches.Batches:  # fmt: skip
+    """Endless shuffled batches [batch_size, d] straight from the LM, for runs larger than disk and memory.
+
+    A pool of ``buffer`` + 1 shards is filled, half of it is given out, and so on; mean and scale are those of the first
+    pool; validation and test documents (as :class:`Activations` assigns them) never appear. ``start`` replays so many
+    batches. Other arguments as in :func:`collect` and :meth:`Activations.batches`.
+
+    Memory, however long the text: one and a half pools and five shards of 65,536 rows in the LM's dtype, so 1.1 GB for
+    d = 640 in bfloat16 with the default buffer.
+
+    Raises:
+        ValueError: as :func:`collect`; a buffer too small for the batch; an unknown ``normalise``; less text for
+            training than the pool holds.
+    """
+    shard = shard_tokens()
+    if buffer < 1 or batch_size > buffer * shard:
+        raise ValueError(f"buffer={buffer} shards of {shard:,} rows must hold a batch of {batch_size:,}")
+    batches.one_factor(normalise)
+    corpus.require(lm, text, context, outlier)
+    origin = {"lm": lm, "hook": hook, "normalise": normalise, "factor": 1.0, "centred": centre}
+    rows = _streamed(text, load, origin, (batch_size, context, outlier, seed, buffer, start))
+    return batches.Batches(rows, origin)
+
+
+def _streamed(text: Dataset, load: dict, origin: dict, options: tuple) -> Iterator[Tensor]:
+    """The batches of :func:`stream`; the factor is written into ``origin`` before the first leaves."""
+    (batch_size, context, outlier, seed, buffer, start), normalise = options, origin["normalise"]
+    collector, assign, shard = Collector(origin["lm"], origin["hook"], **load), Activations("").split_of, shard_tokens()
+    pool, used, shift = torch.empty(0), 0, None
+    for epoch in count():
+        pieces, filled = windows_of(text, collector.tokenizer, context, seed + epoch), 0
+        for n in count():
+            if not (windows := taken(pieces, collector.tokenizer, shard)).tokens:
+                break
+            rows = collector.rows(range(len(windows.tokens)), windows, outlier)
+            x = rows["x"][assign(rows["doc"]) == 0]
+            if not len(pool):
+                pool = x.new_empty((buffer + 1) * shard, x.shape[1])
+            pool[used : used + len(x)] = x
+            used, filled = used + len(x), filled + len(x)
+            del rows, x  # before the next are born
+            if used + shard <= len(pool):
+                continue
+            order = torch.from_numpy(np.random.default_rng([seed, epoch, n]).permutation(used))
+            if shift is None:
+                some = pool[order[:50_000]].float()
+                shift = some.mean(0) if origin["centred"] else torch.zeros(some.shape[1])
+                if batches.one_factor(normalise):
+                    origin["factor"] = batches.factor(some - shift, normalise)
+                del some
+            room = max(used // 2, used + shard - len(pool))  # for a shard at least
+            out = -(-room // batch_size) * batch_size
+            for at in range(0, out, batch_size):
+                if start:
+                    start -= 1
+                    continue
+                yield batches.normalised(pool[order[at : at + batch_size]], shift, origin["factor"], normalise)
+            used -= out
+            pool[:used] = pool[order[out:]]
+        if not filled:
+            raise ValueError("the text has no tokens in documents for training: give more of it")
+        if shift is None:
+            raise ValueError(
+                f"the text has {used:,} rows for training, the stream's pool holds {len(pool):,}: a smaller buffer, or collect, "
+                "which keeps them all"
+            )
