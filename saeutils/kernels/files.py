@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 PACKAGE = Path(__file__).resolve().parents[1]  # saeutils/, wherever it is installed
 
@@ -51,9 +52,19 @@ def key(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def lock(*parts: object) -> FileLock:
-    """For a ``with``: what ``parts`` name is made by one process of this machine at a time; a dead one holds nothing."""
-    return FileLock(cache_dir("locks") / f"{key(*parts)}.lock")
+@contextmanager
+def lock(*parts: object) -> Iterator[None]:
+    """What ``parts`` name is made by one process of this machine at a time; who waits is told so, a dead one holds nothing."""
+    own = FileLock(cache_dir("locks") / f"{key(*parts)}.lock")
+    try:
+        own.acquire(timeout=0.2)
+    except Timeout:
+        print(f"another process is at {' '.join(map(str, parts))}: waiting for it")
+        own.acquire()
+    try:
+        yield
+    finally:
+        own.release()
 
 
 @contextmanager
@@ -72,6 +83,25 @@ def whole(path: str | Path) -> Iterator[Path]:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path | None]:
+    """A temporary folder beside ``folder`` to be filled in the block and renamed to it at its end; None where it is there already.
+
+    After an exception nothing is left. Only for who holds a lock: what a killed process left behind is removed first.
+    """
+    if folder.exists():
+        yield None
+        return
+    tmp = folder.with_name(f".{folder.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        os.replace(tmp, folder)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -62,6 +62,8 @@ def _fill(
 ) -> None:
     """Collect the shards that are missing or damaged; ``settings`` are those of :func:`collect`."""
     folder, seed = acts.folder, settings["seed"]
+    for left in folder.glob(".*"):  # of a killed process: we hold the lock
+        left.unlink()
     collector = Collector(lm, hook, settings["batch_tokens"], **load)
     windows = tokenize(text, collector.tokenizer, settings["context"], settings["n_tokens"], seed)
     cut = pools(windows, seed)

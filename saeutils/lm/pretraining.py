@@ -1,11 +1,12 @@
 """The training loop of small language models: kept checkpoints, a schedule, and a run that goes on where it was killed."""
 
 import copy
+import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from saeutils.kernels import files, memory
+from saeutils.kernels import files, memory, traces
 from saeutils.lm import models
+
+VERSION = 1  # raise it when the same run would give another model
 
 
 def fit(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
-    steps: Sequence[int], lr: float, *, betas: tuple[float, float] = (0.9, 0.95), every: int = 500,
+    steps: Sequence[int], lr: float, *, of: dict, betas: tuple[float, float] = (0.9, 0.95), every: int = 500,
 ) -> dict[int, dict[str, str]]:  # fmt: skip
     """Train in place and keep ``step-N`` for every N of ``steps`` (0: the weights it starts from), in transformers' format and bf16.
 
@@ -28,20 +31,35 @@ def fit(
 
     Args:
         batches: step → iterator from that step of (ids [batch, position], wanted: which tokens are to be predicted).
+        of: what the run depends on besides its other arguments, as JSON knows it: the texts' key, seeds.
         every: steps between states to go on from; each kept step writes one too.
 
     Returns:
         :func:`saeutils.lm.models.checkpoints` of ``folder``.
+
+    Raises:
+        ValueError: the folder holds a run of other settings or another start; a loss of NaN or inf.
     """
     memory.reuse()
-    last, done = max(steps), 0
     folder.mkdir(parents=True, exist_ok=True)
-    if all((folder / f"step-{n:07d}").exists() for n in steps):
-        return models.checkpoints(str(folder), steps)
+    settings = {**of, "steps": max(steps), "lr": lr, "betas": list(betas), "model": model.config.to_dict()}
+    with files.lock("training run", str(folder.resolve())):
+        for left in folder.glob(".*"):  # of a killed process
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _require_same_run(folder, settings, traces.of(model))
+        if not all((folder / f"step-{n:07d}").exists() for n in steps):
+            _train(folder, model, tokenizer, batches, steps, lr, betas, every)
+    return models.checkpoints(str(folder), steps)
+
+
+def _train(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batches: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
+    steps: Sequence[int], lr: float, betas: tuple[float, float], every: int,
+) -> None:  # fmt: skip
+    last, done = max(steps), 0
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=betas, weight_decay=0.1, fused=True)
     running = folder / "running.pt"
-    if running.exists():
-        state = torch.load(running, map_location=model.device, weights_only=True)
+    if state := _state(running, model.device):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
@@ -51,7 +69,7 @@ def fit(
     native = models.default_dtype(kind) == torch.bfloat16
     half = kind == "cuda" and not native  # a T4 has no bf16: float16, with its gradients scaled
     scaler = torch.amp.GradScaler(kind, enabled=half)
-    if done:
+    if done and state["scaler"]:  # empty where the run began on a device that needs none
         scaler.load_state_dict(state["scaler"])
     model.eval()  # no dropout: a run can be repeated, and goes on as if it had not stopped
     bar = tqdm(zip(range(done, last), batches(done)), initial=done, total=last, desc="training the LM", unit=" steps")
@@ -81,19 +99,41 @@ def fit(
             state["scaler"] = scaler.state_dict()
             with files.whole(running) as tmp:
                 torch.save(state, tmp)
-    return models.checkpoints(str(folder), steps)
+
+
+def _state(path: Path, device: torch.device) -> dict | None:
+    """What a run goes on from; None if there is nothing, or what a disk has truncated."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (RuntimeError, EOFError, ValueError, UnpicklingError):
+        print(f"{path} is damaged: starting from the beginning")
+        return None
+
+
+def _require_same_run(folder: Path, asked: dict, start: dict[str, list[float]]) -> None:
+    """Write down what a folder's run depends on, or compare with what stands there; ``start``: traces of the first weights."""
+    asked, path = json.loads(json.dumps({"version": VERSION, **asked}, default=str)), folder / "run.json"
+    if not path.exists():
+        if list(folder.glob("step-*")):
+            raise ValueError(f"{folder} holds checkpoints of a run that did not write down its settings: delete it")
+        with files.whole(path) as tmp:
+            tmp.write_text(json.dumps({**asked, "start": start}, indent=1))
+    known = json.loads(path.read_text())
+    began = known.pop("start")
+    other = sorted(k for k in {*known, *asked} if known.get(k) != asked.get(k))
+    if other := other + ["first weights"] * (not traces.all_alike(began, start)):
+        raise ValueError(f"{folder} holds a run of other {', '.join(other)}: delete it, or give another folder")
 
 
 def keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a model with tied embeddings in transformers' format, bf16, under a temporary name first."""
-    tmp = folder.with_name(f".{folder.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
     state = {k: v.detach().to("cpu", torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    tmp.mkdir(parents=True)
-    save_file(state, tmp / "model.safetensors", {"format": "pt"})
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
-    config.save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+    with files.whole_folder(folder) as tmp:
+        save_file(state, tmp / "model.safetensors", {"format": "pt"})
+        config.save_pretrained(tmp)
+        tokenizer.save_pretrained(tmp)

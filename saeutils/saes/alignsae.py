@@ -196,8 +196,8 @@ def swap(sae: SAE, h: Tensor, source: Tensor, target: Tensor, value: Tensor) -> 
 
     The difference of the two decodes, so the SAE's error stays in place.
     """
-    z = sae.encode(h.to(sae.dtype))
+    z = sae.encode(h.to(sae.device, sae.dtype))
     changed, row = z.clone(), torch.arange(len(z), device=z.device)
-    changed[row, source] = 0
-    changed[row, target] = value.to(z)
-    return ((changed - z) @ sae.W_dec).float()
+    changed[row, source.to(z.device)] = 0
+    changed[row, target.to(z.device)] = value.to(z)
+    return ((changed - z) @ sae.W_dec).float().to(h.device)

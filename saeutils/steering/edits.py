@@ -130,11 +130,11 @@ def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: 
 
     @torch.no_grad()
     def delta(x: Tensor) -> Tensor:
-        x = x.to(sae.dtype)
+        home, x = x.device, x.to(sae.device, sae.dtype)
         acts = sae.encode(x)
         before = sae.decode(acts)  # uses, and forgets, the input scale that encode has just measured
         sae.run_time_activation_norm_fn_in(x)
-        return (sae.decode(change(acts.clone())) - before).float()
+        return (sae.decode(change(acts.clone())) - before).float().to(home)
 
     return edit(hook, sae.cfg.d_in, delta, positions)
 
@@ -185,7 +185,7 @@ def splice(hook: str, sae: SAE) -> Edit:
         ValueError: as :func:`latents`.
     """
     require_raw(sae, hook)
-    return edit(hook, sae.cfg.d_in, torch.no_grad()(lambda x: sae(x.to(sae.dtype)).float() - x), AFTER_BOS)
+    return edit(hook, sae.cfg.d_in, torch.no_grad()(lambda x: sae(x.to(sae.device, sae.dtype)).float().to(x.device) - x), AFTER_BOS)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils.kernels import memory, optim
+from saeutils.kernels import memory, optim, traces
 from saeutils.metrics import fvu, orthogonality
 from saeutils.saes import initializers, provenance
 from saeutils.saes.base import aux_loss
@@ -224,56 +224,57 @@ def train(
     checks.require(saes, batches, steps, dead, {"log_every": log_every, "checkpoint_every": checkpoint_every})
     steps = int(steps)
     folders = {name: Path(checkpoint) / name for name in saes} if checkpoint else {}
-    found = checkpoints.newest_of_all(folders)
-    start = checkpoints.step_of(next(iter(found.values()))) if found else 0
-    size = WINDOW if orders else 1  # an order of its own is drawn for whole windows
-    at = max(0, start - 1) // size * size  # the last batch that a checkpoint saw is read again: is it the same?
-    made = batches(start=at) if callable(batches) else batches
-    stream = iter(made) if callable(batches) else islice(iter(made), at, None)
-    held = [checks.first(stream, saes)]
-    if origin := getattr(made, "origin", None):
-        for one in saes.values():
-            provenance.record(one, origin)
-    if not found and median_rows:
-        while sum(map(len, held)) < median_rows and (batch := next(stream, None)) is not None:
-            held.append(batch)
-        median = initializers.geometric_median(torch.cat(held)[:median_rows])
-    device = next(iter(saes.values())).device
-    cfg = SAETrainerConfig(
-        total_training_samples=steps * len(held[0]), train_batch_size_samples=len(held[0]), lr=lr, lr_end=lr,
-        lr_warm_up_steps=steps // 20 if warm_up is None else warm_up, lr_decay_steps=steps // 5 if decay is None else decay,
-        adam_beta1=betas[0], adam_beta2=betas[1], device=str(device), dead_feature_window=dead_window,
-    )  # fmt: skip
-    options = _Options(
-        steps, unit_norm, median_rows, dead, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every,
-        callback, seed,
-    )  # fmt: skip
-    trainers: list[_Trainer] = []
-    for name, one in saes.items():
-        began = checkpoints.start_of(one) if folders else {}
+    with checkpoints.alone(folders):
+        found = checkpoints.newest_of_all(folders)
+        start = checkpoints.step_of(next(iter(found.values()))) if found else 0
+        size = WINDOW if orders else 1  # an order of its own is drawn for whole windows
+        at = max(0, start - 1) // size * size  # the last batch that a checkpoint saw is read again: is it the same?
+        made = batches(start=at) if callable(batches) else batches
+        stream = iter(made) if callable(batches) else islice(iter(made), at, None)
+        held = [checks.first(stream, saes)]
+        if origin := getattr(made, "origin", None):
+            for one in saes.values():
+                provenance.record(one, origin)
         if not found and median_rows:
-            one.b_dec.data.copy_(median)
-        if not found and unit_norm:
-            optim.normalise_rows(one.W_dec)
-        asked = replace(options, order=orders[name]) if orders else options
-        trainers.append(trainer := _Trainer(name, cfg, one, asked, folders.get(name)))
-        trainer.start = began
-        if found:
-            checkpoints.restore(found[name], trainer)
-    stream, held = chain(held, stream), None
-    bar = tqdm(initial=start, total=steps, desc="training", disable=not progress)
-    for step in range(at, steps, size):
-        if len(window := list(islice(stream, size))) < min(size, steps - step):
-            ended = f"batches ended after {step + len(window)} of {steps} steps"
-            raise ValueError(f"{ended}: give an endless iterator or fewer steps")
-        seen = [_reordered(window, orders[t.name], step // size) if orders else window for t in trainers]
-        for trainer, own in zip(trainers, seen) if step < start else ():
-            checkpoints.require_rows(found[trainer.name], trainer, own[start - 1 - step])
-        for i in range(max(start - step, 0), min(size, steps - step)):
-            for trainer, own in zip(trainers, seen):
-                trainer.advance(own[i])
-            bar.update()
-    bar.close()
+            while sum(map(len, held)) < median_rows and (batch := next(stream, None)) is not None:
+                held.append(batch)
+            median = initializers.geometric_median(torch.cat(held)[:median_rows])
+        device = next(iter(saes.values())).device
+        cfg = SAETrainerConfig(
+            total_training_samples=steps * len(held[0]), train_batch_size_samples=len(held[0]), lr=lr, lr_end=lr,
+            lr_warm_up_steps=steps // 20 if warm_up is None else warm_up, lr_decay_steps=steps // 5 if decay is None else decay,
+            adam_beta1=betas[0], adam_beta2=betas[1], device=str(device), dead_feature_window=dead_window,
+        )  # fmt: skip
+        options = _Options(
+            steps, unit_norm, median_rows, dead, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every,
+            callback, seed,
+        )  # fmt: skip
+        trainers: list[_Trainer] = []
+        for name, one in saes.items():
+            began = traces.of(one) if folders else {}
+            if not found and median_rows:
+                one.b_dec.data.copy_(median)
+            if not found and unit_norm:
+                optim.normalise_rows(one.W_dec)
+            asked = replace(options, order=orders[name]) if orders else options
+            trainers.append(trainer := _Trainer(name, cfg, one, asked, folders.get(name)))
+            trainer.start = began
+            if found:
+                checkpoints.restore(found[name], trainer)
+        stream, held = chain(held, stream), None
+        bar = tqdm(initial=start, total=steps, desc="training", disable=not progress)
+        for step in range(at, steps, size):
+            if len(window := list(islice(stream, size))) < min(size, steps - step):
+                ended = f"batches ended after {step + len(window)} of {steps} steps"
+                raise ValueError(f"{ended}: give an endless iterator or fewer steps")
+            seen = [_reordered(window, orders[t.name], step // size) if orders else window for t in trainers]
+            for trainer, own in zip(trainers, seen) if step < start else ():
+                checkpoints.require_rows(found[trainer.name], trainer, own[start - 1 - step])
+            for i in range(max(start - step, 0), min(size, steps - step)):
+                for trainer, own in zip(trainers, seen):
+                    trainer.advance(own[i])
+                bar.update()
+        bar.close()
     for trainer in trainers:
         trainer.set_final_sae_metadata()
     return pd.DataFrame([row for trainer in trainers for row in trainer.rows])

@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from saeutils.kernels import files
 from saeutils.lm import models, pretraining
 
 BOS = "<s>"
@@ -120,4 +121,5 @@ def train_lm(
                 yield ids, torch.ones_like(ids, dtype=torch.bool)
             at = 0  # only the first epoch begins in its middle
 
-    return pretraining.fit(folder, model, tokenizer, batches, steps, lr)
+    of = {"texts": files.key(*texts), "tokenizer": files.key(tokenizer.get_vocab()), "context": context, "batch": batch, "seed": seed}
+    return pretraining.fit(folder, model, tokenizer, batches, steps, lr, of=of)

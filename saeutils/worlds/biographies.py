@@ -168,7 +168,7 @@ def memorise(
                 yield ids, (place >= told[part][:, None]) & (place < length[part][:, None])
             at = 0  # only the first epoch begins in its middle
 
-    found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, betas=(0.9, 0.999))
+    found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, of={"settings": folder.name}, betas=(0.9, 0.999))
     return found[steps]["name"]
 
 
