@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from tqdm.auto import tqdm
@@ -17,11 +19,15 @@ from saeutils.analysis.features import LatentTable, encoded, residual
 from saeutils.kernels import files
 from saeutils.lm import text
 from saeutils.lm.tokens import begin
+from saeutils.saes.provenance import require_raw
 from saeutils.steering.edits import SINK
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
     from transformer_lens.model_bridge import TransformerBridge
+
+
+VERSION = 1  # of the index: raise it when the same model, SAE and texts would give another
 
 
 def some_texts() -> list[str]:
@@ -36,20 +42,31 @@ def indexed(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], co
     activations from their mean: the unit of steering strengths. BOS and attention sinks are left out.
 
     Raises:
-        ValueError: no text, or an SAE of another width.
+        ValueError: no text, or an SAE of another hook point or of other rows.
     """
+    require_raw(sae, hook)
     if not any(t.strip() for t in texts):
         raise ValueError("no texts to search: give some, or none for the embedded ones")
-    key = files.key(_weights(lm.original_model), _weights(sae), json.dumps(sae.cfg.to_dict(), sort_keys=True, default=str), hook, list(texts), context)
+    key = files.key(VERSION, _weights(lm.original_model), _weights(sae), json.dumps(sae.cfg.to_dict(), sort_keys=True, default=str), hook, list(texts), context)
     path = files.cache_dir("index") / f"{key}.safetensors"
     with files.lock("index", key):
-        if not path.exists():
+        if (found := _read(path)) is None:
+            found = _built(lm, sae, hook, texts, context)
             with files.whole(path) as tmp:
-                save_file(_built(lm, sae, hook, texts, context), tmp)
-    found = load_file(path)
+                save_file(found, tmp)
     shape = (len(found["doc"]), sae.cfg.d_sae)
     acts = sparse.csc_array((found["data"], found["indices"], found["indptr"]), shape=shape)
     return LatentTable(acts, found["doc"], found["token"], len(texts)), float(found["spread"][0])
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        return None
+    except SafetensorError:  # truncated by a disk
+        print(f"{path} is damaged: building the index again")
+        return None
 
 
 def _weights(module: torch.nn.Module) -> str:

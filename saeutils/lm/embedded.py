@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from saeutils.kernels import files
 from saeutils.lm import archives
 
+VERSION = 1  # of the conversion: raise it when the same archives would give other weights
 # name → official id (TransformerLens picks its adapter by architecture, the id only labels) and GGUF sources in order
 EMBEDDED = {
     "gemma-3-270m": (
@@ -66,23 +66,27 @@ def local_dir(name: str) -> Path:
 
 
 def _converted(name: str, folder: Path) -> Path:
-    stamp = folder / "sha256.json"
-    if stamp.exists():
-        expected = json.loads(stamp.read_text())
-        if all((folder / f).exists() and files.sha256_of(folder / f) == h for f, h in expected.items()):
-            return folder
-        print(f"{folder} is damaged: converting {name} again")
-    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
-    try:
-        print(f"converting {name} from GGUF, once (about a minute)")
-        _convert(name, tmp)
-        hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
-        (tmp / "sha256.json").write_text(json.dumps(hashes))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+    if folder.exists() and not _whole(folder):
+        print(f"{folder} is damaged or of another version: converting {name} again")
+        shutil.rmtree(folder)
+    with files.whole_folder(folder) as tmp:
+        if tmp:
+            print(f"converting {name} from GGUF, once (about a minute)")
+            _convert(name, tmp)
+            hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
+            (tmp / "sha256.json").write_text(json.dumps({"version": VERSION, **hashes}))
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Are all files what was written down of them, by this version?"""
+    try:
+        hashes = json.loads((folder / "sha256.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    if hashes.pop("version", 1) != VERSION or not hashes:
+        return False
+    return all((folder / f).exists() and files.sha256_of(folder / f) == h for f, h in hashes.items())
 
 
 def _convert(name: str, folder: Path) -> None:

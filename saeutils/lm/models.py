@@ -152,12 +152,15 @@ def identity(name: str, revision: str | None = None) -> str:
     return f"{name}@{Path(config).parent.name}"
 
 
+TWIN = 1  # version of the random twins: raise it when the same model would get another
+
+
 def random_twin(name: str, *, layers: int | None = None, seed: int = 0, revision: str | None = None) -> str:
     """The folder of a model of the same architecture and tokenizer with random weights, in bfloat16, written once.
 
     A control for SAEs: what they find in it too is not what training put there (Heap et al. 2025, arXiv:2501.17727).
     """
-    folder = files.cache_dir("models") / f"random-{files.key(1, identity(name, revision), layers, seed)}"
+    folder = files.cache_dir("models") / f"random-{files.key(TWIN, identity(name, revision), layers, seed)}"
     with files.lock("model", folder.name), files.whole_folder(folder) as tmp:
         if tmp:
             model, tokenizer = load_hf(name, layers=layers, dtype=torch.bfloat16, device="cpu", revision=revision)

@@ -23,6 +23,7 @@ from saeutils.saes.base import aux_loss
 from saeutils.training import checkpoints, checks
 from saeutils.training.resampling import RESAMPLERS, reset_adam
 
+VERSION = 1  # of the steps: raise it when the same run would give another SAE
 RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions
 WINDOW = 8  # batches among which ``orders`` shuffles rows
 
@@ -67,6 +68,7 @@ class _Trainer(SAETrainer):
         self.generator = torch.Generator().manual_seed(options.seed)
         warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
         self.settings = {  # a checkpoint goes on only with the same
+            "version": VERSION,
             **{k: v for k, v in vars(options).items() if k not in ("log_every", "checkpoint_every", "callback")},
             "batch": cfg.train_batch_size_samples, "lr": cfg.lr, "betas": (cfg.adam_beta1, cfg.adam_beta2),
             "warm_up": warm_up, "decay": decay, "dead_window": cfg.dead_feature_window,
