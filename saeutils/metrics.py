@@ -93,18 +93,39 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
+def require_two_classes(labels: np.ndarray, what: str) -> np.ndarray:
+    """``labels`` [n] as booleans.
+
+    Raises:
+        ValueError: they are of one class, or of none.
+    """
+    labels = np.asarray(labels) > 0
+    if not labels.any() or labels.all():
+        raise ValueError(f"{what}: {len(labels):,} labels, {int(labels.sum()):,} of them positive: both classes are needed")
+    return labels
+
+
+def require_finite(values: np.ndarray | Tensor, what: str) -> None:
+    """Raises:
+    ValueError: NaN or inf.
+    """
+    if not bool((torch if isinstance(values, Tensor) else np).isfinite(values).all()):
+        raise ValueError(f"{what} has NaN or inf")
+
+
 def auroc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of every column of ``scores`` [n, m] against binary ``labels`` [n] → [m]; ties count half.
 
     By the rank-sum identity, AUROC = (R₁ − n₁(n₁+1)/2)/(n₁n₀) (Mann–Whitney), all columns at once.
 
     Raises:
-        ValueError: the labels are not of two classes.
+        ValueError: labels of one class, NaN or inf among the scores, one of each a row.
     """
-    labels = np.asarray(labels).astype(bool)
+    scores, labels = np.asarray(scores), require_two_classes(labels, "AUROC")
+    require_finite(scores, "AUROC: scores")
+    if len(scores) != len(labels):
+        raise ValueError(f"AUROC: {len(scores):,} scores and {len(labels):,} labels: one of each a row")
     positive, negative = int(labels.sum()), int((~labels).sum())
-    if not positive or not negative:
-        raise ValueError("AUROC needs both classes among the labels")
     from scipy.stats import rankdata  # late: half a second
 
     ranks = rankdata(scores, axis=0)  # [n, m]

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from saeutils.analysis.features import LatentTable, encoded, residual
 from saeutils.kernels import files
 from saeutils.lm import text
-from saeutils.lm.tokens import begin
+from saeutils.lm.tokens import begin, heads
 from saeutils.saes.provenance import require_raw
 from saeutils.steering.edits import SINK
 
@@ -79,9 +79,8 @@ def _weights(module: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def _built(lm: TransformerBridge, sae: SAE, hook: str, texts: Sequence[str], context: int) -> dict[str, np.ndarray]:
-    bos = begin(lm)
-    read = [bos + ids[: context - len(bos)] for ids in lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-    order = sorted(range(len(read)), key=lambda i: len(read[i]))
+    bos, read = begin(lm), heads(lm, texts, context)
+    order = sorted((i for i, ids in enumerate(read) if len(ids) > len(bos)), key=lambda i: len(read[i]))
     docs, tokens, parts, rows = [], [], [], []
     for at in tqdm(range(0, len(order), 32), desc="indexing texts, once"):
         batch = order[at : at + 32]

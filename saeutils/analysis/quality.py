@@ -16,6 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
+from saeutils.metrics import require_two_classes
+
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
 
@@ -36,8 +38,12 @@ def linear_probe(x: Array, y: Array) -> tuple[Array, float]:
     """Logistic probe (L2, standardised inputs, C = 0.1) as weights on raw ``x`` [n, d]: (w [d], b).
 
     SAEBench fits by AdamW and keeps the epoch best on the *test* rows; this one never sees them.
+
+    Raises:
+        ValueError: labels of one class.
     """
-    mu, sd = x.mean(0), x.std(0) + 1e-6 * np.abs(x).mean()
+    require_two_classes(y, "linear probe")
+    mu, sd = x.mean(0), x.std(0) + 1e-6 * np.abs(x).mean() + 1e-30  # columns may be constant, all of them too
     fit = LogisticRegression(C=0.1, max_iter=1000).fit((x - mu) / sd, y)
     w = fit.coef_[0] / sd
     return w, float(fit.intercept_[0] - w @ mu)
@@ -52,7 +58,14 @@ def k_sparse_probing(z: Array, y: Array, train: Array, k: int) -> float:
     """Test accuracy of a logistic probe on the k columns of ``z`` [n, width] with the largest |difference of class means|.
 
     As in SAEBench: L2, C = 1, no standardisation. ``train``: boolean [n]. Gurnee et al. 2023, arXiv:2305.01610.
+
+    Raises:
+        ValueError: labels of one class on either side, k that is none of the columns' numbers.
     """
+    for rows, side in ((train, "train"), (~train, "test")):
+        require_two_classes(y[rows], f"k-sparse probing, {side} rows")
+    if not 1 <= k <= z.shape[1]:
+        raise ValueError(f"k={k} must lie between 1 and the {z.shape[1]:,} columns")
     gap = np.abs(z[train & (y > 0)].mean(0) - z[train & (y == 0)].mean(0))
     best = np.argpartition(-gap, k - 1)[:k]
     fit = LogisticRegression(max_iter=1000).fit(z[train][:, best], y[train])

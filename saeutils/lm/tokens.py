@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+CHARACTERS = 100  # more than a text's tokens have on average, whatever the text
+
 if TYPE_CHECKING:  # late: they take seconds to import
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,22 @@ def encode(lm: TransformerBridge, text: str) -> Tensor:
     if not ids:
         raise ValueError("the text has no tokens")
     return torch.tensor([ids], device=lm.cfg.device)
+
+
+def heads(lm: TransformerBridge, texts: Sequence[str], n: int) -> list[list[int]]:
+    """The first ``n`` token ids of each text, BOS among them; of a book no more is tokenised than that may need.
+
+    Raises:
+        ValueError: one text where a list is expected; n without room for a token.
+    """
+    first = begin(lm)
+    if isinstance(texts, str):
+        raise ValueError("give a list of texts, not one text: [text]")
+    if n <= len(first):
+        raise ValueError(f"windows of {n} tokens have no room for one behind BOS: take more")
+    cut = [t[: n * CHARACTERS] for t in texts]
+    encoded = lm.tokenizer(cut, add_special_tokens=False, verbose=False)["input_ids"] if cut else []
+    return [[*first, *ids[: n - len(first)]] for ids in encoded]
 
 
 def ends(lm: TransformerBridge) -> set[int]:

@@ -9,6 +9,7 @@ import torch
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 
+from saeutils import metrics
 from saeutils.lm import parts
 from saeutils.saes import provenance
 from saeutils.saes.jumprelu import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
@@ -22,7 +23,13 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) 
     """The point with the least summed distance to the rows of ``x`` [n, d] → [d]; Weiszfeld's fixed point.
 
     Start of ``b_dec`` in Bricken et al. 2023 ("Towards Monosemanticity") and Gao et al. 2024.
+
+    Raises:
+        ValueError: no rows, NaN or inf.
     """
+    if not len(x):
+        raise ValueError("geometric_median: no rows")
+    metrics.require_finite(x, "geometric_median: x")
     x = x if x.dtype == torch.float64 else x.float()
     median = x.mean(0)
     for _ in range(iterations):

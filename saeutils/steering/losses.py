@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeutils.lm.tokens import begin, encode
+from saeutils.lm.tokens import begin, encode, heads
 from saeutils.steering.edits import AFTER_BOS, SINK, Edit, edit, edited, splice
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -55,9 +55,8 @@ def windows(lm: TransformerBridge, texts: Sequence[str], context: int = 128) -> 
     Raises:
         ValueError: no text of at least two tokens.
     """
-    bos = begin(lm)
-    encoded = lm.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    rows = sorted((r for e in encoded if len(r := bos + e[: context - len(bos)]) > len(bos) + 1), key=len)
+    least = len(begin(lm)) + 2
+    rows = sorted((ids for ids in heads(lm, texts, context) if len(ids) >= least), key=len)
     if not rows:
         raise ValueError("no text of at least two tokens to measure the loss on")
     return rows

@@ -1,0 +1,47 @@
+"""Memory stays flat: what a round of load, collect, train and steer leaves behind does not add up."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROUNDS = """
+    import gc, os, sys
+    sys.path.insert(0, {tests!r})
+    import tiny, torch
+    from functools import partial
+    from datasets import Dataset
+    from saeutils import steering
+    from saeutils.lm import activations, models
+    from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
+    from saeutils.training import train
+
+    torch.set_num_threads(1)
+    folder, hook = tiny.saved("llama"), "blocks.1.hook_resid_post"
+    text = Dataset.from_dict({{"text": [f"the quick brown fox {{i}} jumps over the lazy dog " * 3 for i in range(60)]}})
+
+    def used():
+        gc.collect()
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20, sum(map(torch.is_tensor, gc.get_objects()))
+
+    for round in range(30):
+        acts = activations.collect(folder, hook, text, context=64, seed=round, dtype=torch.float32)
+        sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=32, d_sae=4096, k=8))
+        train(sae, partial(acts.batches, 256), 5, progress=False)
+        lm = models.load_lm(folder, dtype=torch.float32)
+        steering.generate(lm, ["a fox"], [steering.clamp(hook, sae, 3, 1.0)], tokens=4)
+        steering.loss_recovered(lm, sae, hook, ["the quick brown fox jumps"])
+        del acts, sae, lm
+        if round in (9, 29):
+            print(*used())
+"""
+
+
+def test_memory_and_live_tensors_stay_flat(tmp_path):
+    code = textwrap.dedent(ROUNDS).format(tests=str(Path(__file__).parents[1]))
+    env = {"SAEUTILS_CACHE": str(tmp_path), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env, check=True)
+    (before, tensors), (after, later) = (map(float, line.split()) for line in done.stdout.strip().splitlines()[-2:])
+    assert after < 1.02 * before, f"resident memory grew from {before:.0f} to {after:.0f} MiB in twenty rounds"
+    assert later <= 1.02 * tensors, f"live tensors grew from {tensors:.0f} to {later:.0f}"
