@@ -48,7 +48,7 @@ def generate(
     ids = [encode(lm, p)[0] for p in prompts for _ in range(samples)]
     require_room(lm, max(map(len, ids)) + tokens)
     out: list[str] = [""] * len(ids)
-    generator = torch.Generator(lm.cfg.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with edited(lm, edits):
         for batch in same_length(ids, batch_size):
             made = continued(lm, torch.stack([ids[i] for i in batch]), tokens, temperature, generator)
@@ -96,7 +96,7 @@ def stepwise(
             cache, logits = out.past_key_values, out.logits[:, -1].float()  # [batch, vocabulary]
             if temperature:
                 mass = (logits / temperature).softmax(-1).cumsum(-1)
-                u = torch.rand(len(mass), 1, device=mass.device, generator=generator) * mass[:, -1:]
+                u = torch.rand(len(mass), 1, generator=generator).to(mass) * mass[:, -1:]  # on the CPU: one text a seed
                 ids = torch.searchsorted(mass, u).clamp_max(mass.shape[1] - 1)
             else:
                 ids = logits.argmax(-1, keepdim=True)

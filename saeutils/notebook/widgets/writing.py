@@ -90,7 +90,7 @@ def growing(lm: TransformerBridge, setting: Setting, given: Sequence, check: Cal
     """The continuation after each token; the last is what :func:`saeutils.steering.generate` gives. ``check`` may raise."""
     made = []
     steps = steering.stepwise(
-        lm, encode(lm, setting.prompt), setting.temperature, torch.Generator(lm.cfg.device).manual_seed(setting.seed)
+        lm, encode(lm, setting.prompt), setting.temperature, torch.Generator().manual_seed(setting.seed)
     )
     for _ in range(setting.tokens):
         check()
