@@ -15,10 +15,6 @@ import torch
 os.environ.setdefault("SAEUTILS_SCALE", "smoke")  # read by the kernels that run the notebooks
 matplotlib.use("Agg")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-if torch.cuda.is_available():  # tests compare with CPU arithmetic; what wants the GPU asks for it by name
-    from saeutils.lm import models
-
-    models.default_device = lambda: "cpu"
 
 
 FIRST = ("analysis/test_features.py", "repository", "notebook")
@@ -32,6 +28,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, part in enumerate(FIRST) if f"/tests/{part}" in path), len(FIRST))
 
     items.sort(key=place)  # stable
+
+
+@pytest.fixture(scope="session", autouse=True)
+def on_cpu() -> Iterator[None]:
+    """Tests compare with CPU arithmetic; what wants a GPU asks for it by name."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    from saeutils.lm import models
+
+    with patch.object(models, "default_device", lambda: "cpu"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,11 @@ SLOW, ENOUGH = 5.0, 3.0  # seconds: of a call after which one more is enough, of
 
 
 @pytest.fixture(scope="session", autouse=True)
+def on_cpu() -> None:
+    """Benchmarks run where people do: on the GPU, where there is one."""
+
+
+@pytest.fixture(scope="session", autouse=True)
 def two_threads():
     torch.set_num_threads(2)
     memory.reuse()  # for peers too
