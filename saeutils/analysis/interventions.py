@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saeutils import steering
+from saeutils.kernels.door import door
 from saeutils.lm.tokens import encode
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -46,6 +47,7 @@ def unlearning(
         forget, retain: rows [n, d] to select latents on; token windows of other texts; their loss without an edit.
         unit: a length of the residual stream, such as its median norm.
     """
+    door(lm=lm, sae=sae, hook=hook, unit=unit, rate=rate, damage=damage)
     silent = firing_rates(sae, retain[0]) < rate
     order = (firing_rates(sae, forget[0]) * silent).argsort(descending=True)
     best = {"score": 0.0, "forget": 0.0, "retain": 0.0}
@@ -178,6 +180,7 @@ def disentanglement(
     are ranked by first-order effect on A less that on the others, their number chosen among ``sizes`` on training pairs.
     Exchanging everything or nothing scores .5.
     """
+    door(sae=sae, n_pairs=n_pairs, seed=seed)
     acts = {a: sae.encode(x.to(sae.device, sae.dtype)).float() for a, x in facts.x.items()}  # [known, d_sae]
 
     def effect(a: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saeutils.kernels import search
+from saeutils.kernels.door import door
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -46,6 +47,7 @@ def match(A: Tensor, B: Tensor, *, dense_below: int = DENSE_BELOW) -> tuple[Tens
     Raises:
         ValueError: not two matrices of one width, empty, NaN or inf in the weights.
     """
+    door(dense_below=dense_below)
     A, B = _unit(A, "A"), _unit(B, "B")
     if A.shape[1] != B.shape[1]:
         raise ValueError(f"A has width {A.shape[1]}, B {B.shape[1]}: match rows of the same space (same hook point)")
@@ -79,6 +81,7 @@ def match_certified(
     Raises:
         ValueError: matrices of unequal shape, empty, NaN or inf; no rounds.
     """
+    door(neighbours=neighbours, rounds=rounds)
     A, B = _unit(A, "A"), _unit(B, "B")
     if A.shape != B.shape or rounds < 1:
         raise ValueError(
@@ -235,6 +238,7 @@ def compare(a: SAE, b: SAE) -> pd.DataFrame:
     Raises:
         ValueError: the SAEs differ in d_in or d_sae; NaN weights.
     """
+    door(a=a, b=b)
     for name in ("d_in", "d_sae"):
         x, y = getattr(a.cfg, name), getattr(b.cfg, name)
         if x != y:
@@ -267,6 +271,7 @@ def pw_mcc(saes: Sequence[SAE]) -> tuple[float, list[float]]:
     Raises:
         ValueError: fewer than two SAEs.
     """
+    door(saes=saes)
     if len(saes) < 2:
         raise ValueError("PW-MCC needs at least two SAEs: train another seed")
     pairs = [float(match(a.W_dec, b.W_dec)[1].nanmean()) for a, b in combinations(saes, 2)]

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
 
+from saeutils.kernels.door import door
 from saeutils.metrics import require_two_classes
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -27,6 +28,7 @@ Array = np.ndarray
 @torch.no_grad()
 def pooled(rows: dict[str, Tensor], n_docs: int, encode: Callable[[Tensor], Tensor] | None = None) -> Array:
     """Mean over each document's rows of x, or of ``encode(x)``: [n_docs, width]. ``rows`` as ``Activations.all`` gives."""
+    door(n_docs=n_docs)
     width = rows["x"].shape[1] if encode is None else encode(rows["x"][:2]).shape[1]
     total, count = torch.zeros(n_docs, width), torch.bincount(rows["doc"].long(), minlength=n_docs)
     for x, doc in zip(rows["x"].split(2048), rows["doc"].long().split(2048)):
@@ -42,6 +44,7 @@ def linear_probe(x: Array, y: Array) -> tuple[Array, float]:
     Raises:
         ValueError: labels of one class.
     """
+    door(x=x)
     require_two_classes(y, "linear probe")
     mu, sd = x.mean(0), x.std(0) + 1e-6 * np.abs(x).mean() + 1e-30  # columns may be constant, all of them too
     fit = LogisticRegression(C=0.1, max_iter=1000).fit((x - mu) / sd, y)
@@ -51,6 +54,7 @@ def linear_probe(x: Array, y: Array) -> tuple[Array, float]:
 
 def accuracy(probe: tuple[Array, float], x: Array, y: Array) -> float:
     """Share of rows x [n, d] on the right side of a probe (w [d], b); y [n] is positive for the one class."""
+    door(x=x)
     return float(((x @ probe[0] + probe[1] > 0) == (y > 0)).mean())
 
 
@@ -62,6 +66,7 @@ def k_sparse_probing(z: Array, y: Array, train: Array, k: int) -> float:
     Raises:
         ValueError: labels of one class on either side, k that is none of the columns' numbers.
     """
+    door(z=z, k=k)
     for rows, side in ((train, "train"), (~train, "test")):
         require_two_classes(y[rows], f"k-sparse probing, {side} rows")
     if not 1 <= k <= z.shape[1]:
@@ -92,6 +97,7 @@ def scr(x: Array, z: Array, W_dec: Array, wanted: Array, spurious: Array, train:
     Args:
         x: pooled residuals [n, d]; z: pooled latents [n, d_sae]; wanted, spurious: 0/1 [n]; train: boolean [n].
     """
+    door(x=x, z=z, W_dec=W_dec, n=n)
     agree, test = train & (wanted == spurious), ~train
     biased, clean, concept = (
         linear_probe(x[rows], y[rows]) for rows, y in ((agree, wanted), (train, wanted), (train, spurious))
@@ -112,6 +118,7 @@ def tpp(x: Array, z: Array, W_dec: Array, y: Array, train: Array, n: int) -> flo
     Args:
         y: class of each row, 0…C−1, [n]. Others as in :func:`scr`.
     """
+    door(x=x, z=z, W_dec=W_dec, n=n)
     classes, rng = np.unique(y), np.random.default_rng(0)
     test, probes, rows, tops = ~train, {}, {}, {}
     for c in classes:
@@ -135,6 +142,7 @@ def tpp(x: Array, z: Array, W_dec: Array, y: Array, train: Array, n: int) -> flo
 
 def letter_probes(x: Array, letter: Array, train: Array, min_f1: float = 0.6) -> dict[int, tuple[Array, float]]:
     """One-vs-rest logistic probes of first letters on residuals ``x`` [n, d], those with a test F1 of ``min_f1`` or more."""
+    door(x=x, min_f1=min_f1)
     found = {}
     for c in np.unique(letter):
         y = (letter == c).astype(int)
@@ -169,6 +177,7 @@ def absorption(
     Returns:
         fraction, full (means over letters), letters (how many), split (mean number of main latents); NaN without a probe.
     """
+    door(x=x, sae=sae, max_k=max_k, jump=jump)
     if not probes:
         return {"fraction": np.nan, "full": np.nan, "split": np.nan, "letters": 0}
     f = torch.cat([sae.encode(part.to(sae.device, sae.dtype)) for part in x.split(2048)]).float().cpu().numpy()
@@ -249,6 +258,7 @@ def detection(
     Args:
         f: largest activation of each latent in each window, [windows, d_sae]. embedded: unit rows, [windows, e].
     """
+    door(texts=texts, seed=seed)
     rng, out = np.random.default_rng(seed), {}
     for latent in latents:
         value = f[:, latent].float().cpu().numpy()

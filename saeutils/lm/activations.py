@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saeutils.kernels import files
+from saeutils.kernels.door import door
 from saeutils.lm import batches, corpus
 from saeutils.lm.collector import Collector, pools, tokenize
 
@@ -46,6 +47,7 @@ def collect(
     Raises:
         ValueError: unknown hook or layer, too little text, non-finite activations; what :mod:`saeutils.lm.corpus` refuses.
     """
+    door(hook=hook, seed=seed, context=context, batch_tokens=batch_tokens)
     settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
     corpus.require(lm, text, context, outlier, n_tokens)
     folder = files.cache_dir("activations", corpus.key(lm, hook, text, load, **settings))

@@ -15,6 +15,7 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainStepInput
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from torch import Tensor, nn
 
+from saeutils.kernels.door import door
 from saeutils.saes.alignlosses import bind_loss, decorrelation, sparse_decorrelation, value_loss
 from saeutils.saes.base import register
 from saeutils.saes.standard import SparseStandardTrainingSAE, SparseStandardTrainingSAEConfig
@@ -161,6 +162,7 @@ def slot(sae: SAE, name: str) -> int:
     Raises:
         ValueError: the SAE has no slots, or none of that name.
     """
+    door(sae=sae, name=name)
     names = sae.cfg.metadata.slots or []
     if name not in names:
         raise ValueError(f"no slot {name!r}; the SAE has {names or 'none: train it with saeutils.saes.alignsae'}")
@@ -174,6 +176,7 @@ def extended(
 
     With ``freeze`` the old slots stay the functions that they are: their weights and ``b_dec`` take no gradient.
     """
+    door(sae=sae, seed=seed, answers=answers)
     old = len(sae.cfg.slots)
     cfg = replace(sae.cfg, slots=[*sae.cfg.slots, *names], answers=answers, metadata=copy.deepcopy(sae.cfg.metadata))
     with torch.random.fork_rng():
@@ -196,6 +199,7 @@ def swap(sae: SAE, h: Tensor, source: Tensor, target: Tensor, value: Tensor) -> 
 
     The difference of the two decodes, so the SAE's error stays in place.
     """
+    door(sae=sae, h=h)
     z = sae.encode(h.to(sae.device, sae.dtype))
     changed, row = z.clone(), torch.arange(len(z), device=z.device)
     changed[row, source.to(z.device)] = 0

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from saeutils import metrics
 from saeutils.kernels import sparse
+from saeutils.kernels.door import door
 from saeutils.saes import initializers
 from saeutils.saes.base import many_active, register
 
 
 def geometric(highest: float, lowest: float, groups: int) -> list[float]:
     """Target frequencies of ``groups`` groups, evenly spaced on a log scale from ``highest`` (HTF) to ``lowest`` (LTF)."""
+    door(highest=highest, lowest=lowest, groups=groups)
     return [highest * (lowest / highest) ** (i / max(1, groups - 1)) for i in range(groups)]
 
 

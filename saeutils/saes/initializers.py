@@ -10,6 +10,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from saeutils import metrics
+from saeutils.kernels.door import door
 from saeutils.lm import parts
 from saeutils.saes import provenance
 from saeutils.saes.jumprelu import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
@@ -27,6 +28,7 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) 
     Raises:
         ValueError: no rows, NaN or inf.
     """
+    door(x=x, iterations=iterations, tolerance=tolerance)
     if not len(x):
         raise ValueError("geometric_median: no rows")
     metrics.require_finite(x, "geometric_median: x")
@@ -44,12 +46,14 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) 
 @torch.no_grad()
 def decoder_bias_at_median(sae: SAE, x: Tensor) -> None:
     """Set ``b_dec`` to the geometric median of rows ``x`` [n, d_in]."""
+    door(sae=sae, x=x)
     sae.b_dec.copy_(geometric_median(x.to(sae.b_dec)))
 
 
 @torch.no_grad()
 def tie(sae: SAE) -> None:
     """Unit decoder rows and W_enc = W_decᵀ, in place (the memory layout of W_enc stays)."""
+    door(sae=sae)
     sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
     sae.W_enc.copy_(sae.W_dec.T)
 
@@ -69,6 +73,7 @@ def _require_rows(x: Tensor, latents: int) -> None:
 @torch.no_grad()
 def random_decoder(sae: SAE, seed: int) -> None:
     """Random directions; two SAEs given one ``seed`` share their start (the control for :func:`mirror_decoder`)."""
+    door(sae=sae, seed=seed)
     _decoder(sae, torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed)))
 
 
@@ -79,6 +84,7 @@ def data_points(sae: SAE, x: Tensor, seed: int) -> None:
     Raises:
         ValueError: fewer rows than latents.
     """
+    door(sae=sae, x=x, seed=seed)
     _require_rows(x, sae.cfg.d_sae)
     picked = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: sae.cfg.d_sae]
     _decoder(sae, x[picked].to(sae.b_dec) - sae.b_dec)
@@ -91,6 +97,7 @@ def k_means(sae: SAE, x: Tensor, seed: int) -> None:
     Raises:
         ValueError: fewer rows than latents.
     """
+    door(sae=sae, x=x, seed=seed)
     _require_rows(x, sae.cfg.d_sae)
     from sklearn.cluster import MiniBatchKMeans  # late: a second to import, and one function needs it
 
@@ -112,6 +119,7 @@ def mlp_directions(lm: TransformerBridge, layer: int) -> Tensor:
         ValueError: no such block, one without a single MLP (mixtures of experts, attention only), or one whose MLP's output is
             changed by more than a norm.
     """
+    door(lm=lm, layer=layer)
     if not 0 <= layer < len(lm.blocks):
         raise ValueError(f"block {layer}: the model has blocks 0…{len(lm.blocks) - 1}")
     block = lm.blocks[layer]
@@ -129,6 +137,7 @@ def mirror_decoder(sae: SAE, lm: TransformerBridge, layer: int) -> None:
     Raises:
         ValueError: d_sae is not twice the MLP's width, d_in not the model's; a block without an MLP.
     """
+    door(sae=sae, lm=lm, layer=layer)
     U = mlp_directions(lm, layer)
     if (2 * len(U), U.shape[1]) != (sae.cfg.d_sae, sae.cfg.d_in):
         raise ValueError(
@@ -150,6 +159,7 @@ def residual_mirror_decoder(
     Raises:
         ValueError: share not in (0, 1), fewer rows than latents left, a block without an MLP.
     """
+    door(sae=sae, lm=lm, layer=layer, x=x, seed=seed, share=share)
     U = torch.nn.functional.normalize(mlp_directions(lm, layer), dim=1).to(sae.b_dec)
     pairs = int(share * sae.cfg.d_sae / 2)
     if not 0 < pairs <= min(len(U), (sae.cfg.d_sae - 1) // 2):
@@ -190,6 +200,7 @@ def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
     Raises:
         ValueError: an SAE without thresholds, too few rows for the rate, more active latents asked for than are positive.
     """
+    door(sae=sae, x=x, l0=l0)
     if not hasattr(sae, "threshold"):
         raise ValueError(f"{type(sae).__name__} has no thresholds: calibrate takes JumpReLU SAEs")
     if (k := round(len(x) * l0 / sae.cfg.d_sae)) < 1:
@@ -221,6 +232,7 @@ def start_jumprelu(
     ``b_dec`` at the geometric median, directions by ``decoder(sae)`` (one of this module's functions with its other
     arguments filled in), then :func:`calibrate`. ``settings`` go to :class:`SparseJumpReLUTrainingSAEConfig`.
     """
+    door(d_sae=d_sae, l0=l0, x=x, decoder=decoder)
     cfg = SparseJumpReLUTrainingSAEConfig(
         d_in=x.shape[1], d_sae=d_sae, target_l0=l0, device=str(x.device), apply_b_dec_to_input=True, **settings
     )
@@ -242,6 +254,7 @@ def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
         ValueError: a shift with an SAE that does not subtract ``b_dec`` from its input; what
             :func:`saeutils.saes.provenance.require_foldable` refuses.
     """
+    door(sae=sae)
     provenance.require_foldable(sae, scale, shift is not None)
     if shift is not None and not sae.cfg.apply_b_dec_to_input:
         raise ValueError("a shift can be folded only where apply_b_dec_to_input=True")

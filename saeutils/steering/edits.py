@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeutils.kernels.door import door
 from saeutils.lm import tokens
 from saeutils.saes.provenance import require_raw
 
@@ -116,6 +117,7 @@ def add(hook: str, direction: Tensor, strength: float = 1.0, positions: Position
 
     Not normalised here: the strength is in its units.
     """
+    door(hook=hook, direction=direction, strength=strength)
     vector = (strength * direction).detach().float()
     return edit(hook, vector.shape[-1], lambda x: vector.to(x.device).expand_as(x), positions)
 
@@ -126,6 +128,7 @@ def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: 
     Raises:
         ValueError: the SAE was trained at another hook point, or takes other rows than the model's activations.
     """
+    door(hook=hook, sae=sae, change=change)
     require_raw(sae, hook)
 
     @torch.no_grad()
@@ -148,12 +151,14 @@ def _checked(sae: SAE, latent: int | Sequence[int]) -> list[int]:
 
 def clamp(hook: str, sae: SAE, latent: int | Sequence[int], value: float, positions: Positions = AFTER_BOS) -> Edit:
     """Set latents to ``value``, in the SAE's own units (after its input normalisation)."""
+    door(value=value, sae=sae)
     numbers = _checked(sae, latent)
     return latents(hook, sae, lambda f: f.index_fill(1, torch.tensor(numbers, device=f.device), value), positions)
 
 
 def scale(hook: str, sae: SAE, latent: int | Sequence[int], factor: float, positions: Positions = AFTER_BOS) -> Edit:
     """Multiply latents by ``factor`` wherever they are active."""
+    door(factor=factor, sae=sae)
     numbers = torch.tensor(_checked(sae, latent))
     return latents(hook, sae, lambda f: f.index_copy(1, numbers.to(f.device), f[:, numbers] * factor), positions)
 
@@ -169,6 +174,7 @@ def project_out(hook: str, directions: Tensor, positions: Positions = AFTER_BOS)
     Raises:
         ValueError: NaN or inf in the directions.
     """
+    door(hook=hook)
     rows = torch.atleast_2d(directions).detach().double()
     if not torch.isfinite(rows).all():
         raise ValueError("project_out: the directions have NaN or inf")
@@ -184,6 +190,7 @@ def splice(hook: str, sae: SAE) -> Edit:
     Raises:
         ValueError: as :func:`latents`.
     """
+    door(hook=hook, sae=sae)
     require_raw(sae, hook)
     return edit(hook, sae.cfg.d_in, torch.no_grad()(lambda x: sae(x.to(sae.device, sae.dtype)).float().to(x.device) - x), AFTER_BOS)
 
@@ -198,6 +205,7 @@ def edited(lm: TransformerBridge, edits: Iterable[Edit]):
     Raises:
         ValueError: the model has no such hook point (before anything runs).
     """
+    door(lm=lm)
     edits = list(edits)
     if missing := sorted({name for name, _ in edits} - set(lm.hook_dict)):
         raise ValueError(f"{lm.cfg.model_name} has no hook points {missing}; it has blocks 0…{lm.cfg.n_layers - 1}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saeutils.kernels.door import door
 from saeutils.lm.tokens import encode, ends, until_end
 from saeutils.steering.edits import Edit, edited
 
@@ -39,6 +40,7 @@ def generate(
         ValueError: no prompt, an empty one, or one text where a list is expected; no token or sample asked for, more tokens
             than the model has positions; edits at hook points that the model lacks.
     """
+    door(lm=lm, tokens=tokens, temperature=temperature, samples=samples, seed=seed, batch_size=batch_size)
     if isinstance(prompts, str):
         raise ValueError("give a list of prompts, not one text: [prompt]")
     if not len(prompts) or any(not p for p in prompts):
@@ -64,6 +66,7 @@ def continued(
 
     Fewer where every text has come to its end token; what a text has behind its own means nothing.
     """
+    door(lm=lm, ids=ids, tokens=tokens, temperature=temperature)
     last, over, made = torch.tensor(sorted(ends(lm)), device=ids.device), torch.zeros(len(ids), dtype=torch.bool), []
     for step in islice(stepwise(lm, ids, temperature, generator), tokens):
         made.append(step)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saeutils.kernels.door import door
 from saeutils.lm.tokens import begin, encode, heads
 from saeutils.steering.edits import AFTER_BOS, SINK, Edit, edit, edited, splice
 
@@ -35,6 +36,7 @@ def continuation_loss(
     lm: TransformerBridge, prompts: Sequence[str], texts: Sequence[Sequence[str]], batch_size: int = 64
 ) -> Tensor:
     """Mean cross-entropy (nats a token) of each continuation under the unedited model → [prompts, samples]."""
+    door(lm=lm, prompts=prompts, batch_size=batch_size)
     pairs = [(p, t) for p, row in zip(prompts, texts) for t in row]
     losses = []
     encoded = [(encode(lm, p)[0], lm.tokenizer(t, add_special_tokens=False)["input_ids"]) for p, t in pairs]
@@ -55,6 +57,7 @@ def windows(lm: TransformerBridge, texts: Sequence[str], context: int = 128) -> 
     Raises:
         ValueError: no text of at least two tokens.
     """
+    door(lm=lm, texts=texts, context=context)
     least = len(begin(lm)) + 2
     rows = sorted((ids for ids in heads(lm, texts, context) if len(ids) >= least), key=len)
     if not rows:
@@ -71,6 +74,7 @@ def mean_loss(
 
     ``each`` is told, before a batch runs, which positions predict a token: [batch, position − 1].
     """
+    door(lm=lm, batch_size=batch_size)
     losses = []
     for at in range(0, len(rows), batch_size):
         part = [torch.tensor(r) for r in rows[at : at + batch_size]]
@@ -95,6 +99,7 @@ def loss_recovered(
     Returns:
         clean, sae, zero, mean (losses), recovered, recovered_mean.
     """
+    door(lm=lm, sae=sae, hook=hook, texts=texts, context=context, batch_size=batch_size)
     rows, total, state = windows(lm, texts, context), [0.0, 0], {}
 
     def remember(x, hook=None):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saeutils.kernels.door import door
 from saeutils.saes.alignsae import AlignTrainingSAE
 from saeutils.training.loop import train
 
@@ -22,6 +23,7 @@ def labelled(
     Raises:
         ValueError: labels that do not match the rows, the slots or the value head.
     """
+    door(x=x, batch=batch, seed=seed)
     saes = list(saes)
     if not len(x) == len(relation) == len(answer):
         raise ValueError(f"{len(x)} rows, {len(relation)} relations and {len(answer)} answers: one of each a row")
@@ -64,6 +66,7 @@ def fit(
     Raises:
         ValueError: ``orders`` (labels would lose their rows), or what ``labelled`` and ``train`` refuse.
     """
+    door(saes=saes, x=x, batch=batch, lr=lr, seed=seed)
     if settings.get("orders"):
         raise ValueError("orders shuffles rows away from their labels: leave it out")
     batches = labelled(saes.values(), x, relation, answer, batch, seed)
@@ -96,6 +99,7 @@ def wake(sae: AlignTrainingSAE, x: Tensor, relation: Tensor, share: float = 0.1)
     A silent ReLU passes no gradient, so a slot that died in stage 1 can never be bound (not in the paper, whose code has
     linear codes). It gets the direction from the mean of all rows to its concept's, for encoder and decoder.
     """
+    door(sae=sae, x=x, share=share)
     woken = []
     for i, name in enumerate(sae.cfg.slots if sae.cfg.bind else []):
         if i < sae.frozen:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saeutils.kernels import files
+from saeutils.kernels.door import door
 from saeutils.lm import models, pretraining
 
 BOS = "<s>"
@@ -33,6 +34,7 @@ def split_pairs(pairs: Dataset, held_out: int, seed: int = 0) -> tuple[dict[str,
     Raises:
         ValueError: fewer than three pairs for each one held out.
     """
+    door(held_out=held_out, seed=seed)
     if len(pairs) < 3 * held_out:
         raise ValueError(f"{len(pairs)} pairs are too few to hold out {held_out}: give more pairs")
     ja, en = list(pairs["ja"]), list(pairs["en"])
@@ -72,6 +74,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 def first_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
     """Each text cut after its first ``n`` tokens."""
+    door(n=n)
     encoded = tokenizer(
         list(texts), add_special_tokens=False, truncation=True, max_length=n, return_offsets_mapping=True
     )
@@ -100,6 +103,7 @@ def train_lm(
     Raises:
         ValueError: the texts fill less than one batch.
     """
+    door(texts=texts, width=width, layers=layers, heads=heads, context=context, batch=batch, lr=lr, seed=seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3 // 16 * 16, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4 * context, tie_word_embeddings=True,

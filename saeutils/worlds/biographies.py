@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from saeutils.kernels import files
+from saeutils.kernels.door import door
 from saeutils.lm import pretraining
 from saeutils.lm.tokens import encode, ends, until_end
 from saeutils.steering import edits, generation
@@ -67,6 +68,7 @@ def population(n: int, relations_: Sequence[str] | None = None, seed: int = 0) -
     Raises:
         ValueError: an unknown relation, more people than last names.
     """
+    door(n=n, seed=seed)
     wanted = list(relations_ or relations()[:6])
     if unknown := sorted(set(wanted) - set(relations())):
         raise ValueError(f"unknown relations {unknown}: one of {relations()}")
@@ -110,6 +112,7 @@ def questions(people: pd.DataFrame, unseen: float = 0.1, seed: int = 0) -> pd.Da
     person`` (0 and 1 of a share ``unseen`` of the people), ``unseen both``. Nothing but ``train`` is ever trained on;
     the biographies of unseen people are.
     """
+    door(unseen=unseen, seed=seed)
     rng = np.random.default_rng(seed)
     strangers = set(rng.permutation(len(people))[: max(1, round(unseen * len(people)))].tolist())
     names = {(False, False): "train", (False, True): "unseen template", (True, False): "unseen person"}
@@ -146,6 +149,7 @@ def memorise(
     Returns:
         the folder of the trained model, as :func:`saeutils.lm.models.load_lm` takes it.
     """
+    door(texts=texts, steps=steps, batch=batch, lr=lr, seed=seed)
     pairs = [("", text) for text in texts] + list(zip(asked["prompt"], " " + asked["answer"]))
     settings = json.dumps([pairs, steps, batch, lr, seed, model.config.to_json_string()], default=str)
     folder = folder / hashlib.sha256(settings.encode()).hexdigest()[:12]
@@ -188,6 +192,7 @@ def answers(
     batch_size: int = 256,
 ) -> list[str]:  # fmt: skip
     """Greedy answers, up to the end token; row i of ``delta`` [n, d] is added at ``hook`` on prompt i's last token."""
+    door(lm=lm, prompts=prompts, tokens=tokens, batch_size=batch_size)
     require_prompts(prompts)
     ids = [encode(lm, p)[0] for p in prompts]
     out = [""] * len(ids)
@@ -205,6 +210,7 @@ def last_states(
     lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256
 ) -> dict[str, Tensor]:
     """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
+    door(lm=lm, prompts=prompts, batch_size=batch_size)
     require_prompts(prompts)
     ids = [encode(lm, p)[0] for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -76,7 +76,8 @@ def test_mirror_decoder():
         initializers.mirror_decoder(_jumprelu(), lm, 12)
     with pytest.raises(ValueError, match="the model has blocks 0…17"):
         initializers.mirror_decoder(sae, lm, 18)
-    attention_only = SimpleNamespace(blocks=[SimpleNamespace(mlp=None)])
+    bridge = {"hook_dict": {}, "tokenizer": None, "original_model": None}
+    attention_only = SimpleNamespace(blocks=[SimpleNamespace(mlp=None)], **bridge)
     with pytest.raises(ValueError, match="block 0 has no MLP"):
         initializers.mirror_decoder(sae, attention_only, 0)
 

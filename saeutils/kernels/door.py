@@ -1,0 +1,111 @@
+"""What arguments must be, one rule a name: a public function checks its own in one line, before work starts.
+
+    door(steps=steps, lr=lr, texts=texts)
+
+raises ValueError with the argument's name, what came, and what is expected. One name means one thing in all rooms, so the rule
+belongs to the name. Where a rule depends on other arguments (a latent of this SAE), the function says so itself.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rule = tuple[str, Callable[[object], bool]]  # what is expected, and whether a value is that
+
+
+def _number(v: object) -> bool:
+    if isinstance(v, Tensor) and not v.ndim:
+        v = v.item()
+    return isinstance(v, (Real, np.number)) and not isinstance(v, (bool, np.bool_)) and math.isfinite(v)
+
+
+def _whole(v: object) -> bool:
+    return _number(v) and v == int(v)
+
+
+def whole(least: int, most: float = math.inf) -> Rule:
+    """A whole number between two."""
+    up = "" if most == math.inf else f" and at most {most:,}"
+    return f"a whole number of at least {least}{up}", lambda v: _whole(v) and least <= v <= most
+
+
+def number(above: float = -math.inf, below: float = math.inf, least: bool = False) -> Rule:
+    """A finite number between two, ``least``: the lower one is allowed."""
+    bounds = [f"{'at least' if least else 'above'} {above:g}"] * (above > -math.inf) + [f"below {below:g}"] * (below < math.inf)
+    said = " ".join(["a finite number", " and ".join(bounds)]).strip()
+    return said, lambda v: _number(v) and (above < v or (least and above == v)) and v < below
+
+
+def _array(ndim: tuple[int, ...], rows: int = 1, finite: bool = True) -> Callable[[object], bool]:
+    def fits(v: object) -> bool:
+        if not isinstance(v, (Tensor, np.ndarray)) or v.ndim not in ndim or len(v) < rows:
+            return False
+        kind = torch if isinstance(v, Tensor) else np
+        return not finite or bool(kind.isfinite(v).all())
+
+    return fits
+
+
+def _texts(v: object) -> bool:
+    return not isinstance(v, str) and isinstance(v, (Sequence, np.ndarray)) and len(v) > 0 and all(isinstance(t, str) for t in v)
+
+
+def _has(*names: str) -> Callable[[object], bool]:
+    return lambda v: all(hasattr(v, name) for name in names)
+
+
+COUNT, SEED = whole(1), whole(0)
+MATRIX = "a matrix [n, d] of finite numbers with at least one row", _array((2,))
+TEXTS = "a list of texts, at least one", _texts
+SAE = "an SAE of SAELens", _has("cfg", "encode", "decode", "W_dec")
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        ("batch_size", "batch", "batch_tokens", "tokens", "samples", "steps", "iterations", "n_docs", "width", "layers", "heads", "n", "k", "rounds", "neighbours",
+         "max_k", "n_pairs", "groups", "d", "d_sae", "dense_below", "block", "buffer", "held_out"), COUNT,
+    ),
+    **dict.fromkeys(("seed", "token", "layer", "start", "answers", "warm_up", "decay"), SEED),
+    **dict.fromkeys(("lr", "unit", "tolerance", "l0", "highest", "lowest"), number(0)),
+    **dict.fromkeys(("strength", "value", "factor", "jump", "bar", "low", "high"), number()),
+    **dict.fromkeys(("temperature", "damage", "aux_k"), number(0, least=True)),
+    **dict.fromkeys(("share", "rate", "dead_threshold", "min_f1", "unseen"), number(0, 1)),
+    "context": whole(2),
+    "dead_until": ("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
+    "betas": ("two numbers from 0 to 1, below it", lambda v: isinstance(v, Sequence) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v)),
+    **dict.fromkeys(("x", "W_dec", "z", "h", "A", "B", "delta"), MATRIX),
+    "direction": ("a direction [d], or several [n, d], of finite numbers", _array((1, 2))),
+    "ids": ("token ids [batch, position]", lambda v: isinstance(v, Tensor) and v.ndim == 2 and v.numel() > 0 and not v.is_floating_point()),
+    **dict.fromkeys(("texts", "prompts"), TEXTS),
+    **dict.fromkeys(("text", "prompt", "hook", "name", "run"), ("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))),
+    **dict.fromkeys(("sae", "a", "b"), SAE),
+    "saes": ("SAEs, at least one", lambda v: isinstance(v, (Sequence, Mapping)) and len(v) > 0 and all(SAE[1](s) for s in (v.values() if isinstance(v, Mapping) else v))),
+    "lm": ("a TransformerBridge (models.load_lm makes one)", _has("hook_dict", "tokenizer", "original_model")),
+    "tokenizer": ("a tokenizer", _has("decode", "convert_ids_to_tokens")),
+    "acts": ("what activations.collect gives", _has("meta", "batches", "all")),
+    "table": ("what features.latent_table gives", _has("acts", "doc", "n_docs")),
+    **dict.fromkeys(("change", "work", "decoder", "encode"), ("a function", callable)),
+    **dict.fromkeys(("folder", "path", "source"), ("a path", lambda v: isinstance(v, (str, Path)) and bool(str(v)))),
+}  # fmt: skip
+
+
+def door(**given: object) -> None:
+    """Each argument is what its name says.
+
+    Raises:
+        ValueError: one is not: its name, what came, what is expected.
+    """
+    for name, value in given.items():
+        expected, fits = RULES[name]
+        if not fits(value):
+            raise ValueError(f"{name}={_said(value)}: expected {expected}")
+
+
+def _said(value: object) -> str:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{type(value).__name__} {tuple(value.shape)}" + (" with NaN or inf" if _array((1, 2, 3), 0, False)(value) and not _array((1, 2, 3), 0)(value) else "")
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}… ({type(value).__name__})"
