@@ -1,6 +1,6 @@
 """Train the SAE of this folder again, from the root: ``PYTHONPATH=. python data/sae-gemma-3-270m-block12/train.py OUT``.
 
-About 1½ hours on two cores; stopped, it goes on.
+About two hours on two cores; stopped, it goes on.
 
 Shards of activations and checkpoints lie in ``data/cache``; OUT gets the SAE, ``log.csv`` and ``card.json``. Test documents
 are those of the first edition's card: 2% by a hash of their number among the English sources; a Tatoeba pair has one number
@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from sae_lens import SAE
+from safetensors.torch import load_file, save_file
 
 from saeutils import metrics, steering
 from saeutils.kernels import files
@@ -76,7 +77,12 @@ def main(out: Path) -> None:
     initializers.fold_scale(sae, acts.scale(), acts.mean)
     out.mkdir(parents=True, exist_ok=True)
     history.to_csv(out / "log.csv", index=False, float_format="%.5g")
+    sae.cfg.metadata.model_name, sae.cfg.metadata.context_size, sae.cfg.metadata.prepend_bos = "google/gemma-3-270m", 128, True
     sae.save_inference_model(str(out))
+    path = out / "sae_weights.safetensors"
+    weights = {name: w.half() if w.ndim == 2 else w for name, w in load_file(path).items()}  # 21 MB; biases stay exact
+    with files.whole(path) as tmp:
+        save_file(weights, tmp)
     lm, test = models.load_lm(LM), table[table["test"]]
     shipped = Path(__file__).parent
     named = {"this": SAE.load_from_disk(str(out)), "shipped": SAE.load_from_disk(str(shipped))}
