@@ -106,8 +106,10 @@ def require_two_classes(labels: np.ndarray, what: str) -> np.ndarray:
 
 
 def require_finite(values: np.ndarray | Tensor, what: str) -> None:
-    """Raises:
-    ValueError: NaN or inf.
+    """``values`` of any shape [...].
+
+    Raises:
+        ValueError: NaN or inf.
     """
     if not bool((torch if isinstance(values, Tensor) else np).isfinite(values).all()):
         raise ValueError(f"{what} has NaN or inf")

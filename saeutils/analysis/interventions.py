@@ -48,8 +48,7 @@ def unlearning(
         unit: a length of the residual stream, such as its median norm.
     """
     door(lm=lm, sae=sae, hook=hook, unit=unit, rate=rate, damage=damage)
-    silent = firing_rates(sae, retain[0]) < rate
-    order = (firing_rates(sae, forget[0]) * silent).argsort(descending=True)
+    order = (firing_rates(sae, forget[0]) * (firing_rates(sae, retain[0]) < rate)).argsort(descending=True)
     best = {"score": 0.0, "forget": 0.0, "retain": 0.0}
     for n, m in settings:
         picked = order[:n].to(sae.device)

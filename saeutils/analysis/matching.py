@@ -99,6 +99,8 @@ def match_certified(
 
 
 def _unit(W: Tensor, name: str) -> Tensor:
+    if not isinstance(W, (Tensor, np.ndarray)):
+        raise ValueError(f"{name}={W!r}: give a matrix with one latent a row")
     W = torch.as_tensor(W).detach().float()
     if W.ndim != 2 or not len(W):
         raise ValueError(f"{name} is {tuple(W.shape)}: give a matrix with one latent a row")

@@ -54,7 +54,6 @@ def linear_probe(x: Array, y: Array) -> tuple[Array, float]:
 
 def accuracy(probe: tuple[Array, float], x: Array, y: Array) -> float:
     """Share of rows x [n, d] on the right side of a probe (w [d], b); y [n] is positive for the one class."""
-    door(x=x)
     return float(((x @ probe[0] + probe[1] > 0) == (y > 0)).mean())
 
 

@@ -8,7 +8,7 @@ belongs to the name. Where a rule depends on other arguments (a latent of this S
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ def _number(v: object) -> bool:
 
 
 def _whole(v: object) -> bool:
-    return _number(v) and v == int(v)
+    return isinstance(v, (Integral, np.integer)) and not isinstance(v, bool)
 
 
 def whole(least: int, most: float = math.inf) -> Rule:
@@ -62,14 +62,14 @@ def _has(*names: str) -> Callable[[object], bool]:
 COUNT, SEED = whole(1), whole(0)
 MATRIX = "a matrix [n, d] of finite numbers with at least one row", _array((2,))
 TEXTS = "a list of texts, at least one", _texts
-SAE = "an SAE of SAELens", _has("cfg", "encode", "decode", "W_dec")
+SAE = "an SAE of SAELens", _has("cfg", "encode", "W_dec")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("batch_size", "batch", "batch_tokens", "tokens", "samples", "steps", "iterations", "n_docs", "width", "layers", "heads", "n", "k", "rounds", "neighbours",
-         "max_k", "n_pairs", "groups", "d", "d_sae", "dense_below", "block", "buffer", "held_out"), COUNT,
+         "max_k", "n_pairs", "groups", "d", "d_sae", "block", "buffer", "held_out"), COUNT,
     ),
-    **dict.fromkeys(("seed", "token", "layer", "start", "answers", "warm_up", "decay"), SEED),
-    **dict.fromkeys(("lr", "unit", "tolerance", "l0", "highest", "lowest"), number(0)),
+    **dict.fromkeys(("seed", "token", "layer", "start", "answers", "warm_up", "decay", "dense_below"), SEED),
+    **dict.fromkeys(("lr", "unit", "tolerance", "l0", "highest", "lowest", "scale"), number(0)),
     **dict.fromkeys(("strength", "value", "factor", "jump", "bar", "low", "high"), number()),
     **dict.fromkeys(("temperature", "damage", "aux_k"), number(0, least=True)),
     **dict.fromkeys(("share", "rate", "dead_threshold", "min_f1", "unseen"), number(0, 1)),
@@ -77,7 +77,7 @@ RULES: dict[str, Rule] = {
     "dead_until": ("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1),
     "betas": ("two numbers from 0 to 1, below it", lambda v: isinstance(v, Sequence) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v)),
     **dict.fromkeys(("x", "W_dec", "z", "h", "A", "B", "delta"), MATRIX),
-    "direction": ("a direction [d], or several [n, d], of finite numbers", _array((1, 2))),
+    **dict.fromkeys(("direction", "directions"), ("a direction [d], or several [n, d], of finite numbers", _array((1, 2)))),
     "ids": ("token ids [batch, position]", lambda v: isinstance(v, Tensor) and v.ndim == 2 and v.numel() > 0 and not v.is_floating_point()),
     **dict.fromkeys(("texts", "prompts"), TEXTS),
     **dict.fromkeys(("text", "prompt", "hook", "name", "run"), ("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))),

@@ -9,7 +9,6 @@ import torch
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 
-from saeutils import metrics
 from saeutils.kernels.door import door
 from saeutils.lm import parts
 from saeutils.saes import provenance
@@ -29,9 +28,6 @@ def geometric_median(x: Tensor, iterations: int = 100, tolerance: float = 1e-6) 
         ValueError: no rows, NaN or inf.
     """
     door(x=x, iterations=iterations, tolerance=tolerance)
-    if not len(x):
-        raise ValueError("geometric_median: no rows")
-    metrics.require_finite(x, "geometric_median: x")
     x = x if x.dtype == torch.float64 else x.float()
     median = x.mean(0)
     for _ in range(iterations):
@@ -74,7 +70,7 @@ def _require_rows(x: Tensor, latents: int) -> None:
 def random_decoder(sae: SAE, seed: int) -> None:
     """Random directions; two SAEs given one ``seed`` share their start (the control for :func:`mirror_decoder`)."""
     door(sae=sae, seed=seed)
-    _decoder(sae, torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed)))
+    _decoder(sae, torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(int(seed))))
 
 
 @torch.no_grad()
@@ -86,7 +82,7 @@ def data_points(sae: SAE, x: Tensor, seed: int) -> None:
     """
     door(sae=sae, x=x, seed=seed)
     _require_rows(x, sae.cfg.d_sae)
-    picked = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: sae.cfg.d_sae]
+    picked = torch.randperm(len(x), generator=torch.Generator().manual_seed(int(seed)))[: sae.cfg.d_sae]
     _decoder(sae, x[picked].to(sae.b_dec) - sae.b_dec)
 
 
@@ -170,7 +166,7 @@ def residual_mirror_decoder(
     _require_rows(x, rest)
     varied = (centred @ U.T).pow(2).mean(0).topk(pairs).indices
     V = torch.linalg.svd(U[varied], full_matrices=False).Vh[: sae.cfg.d_in // 2]  # [d_in/2, d_in]
-    picked = centred[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rest]]
+    picked = centred[torch.randperm(len(x), generator=torch.Generator().manual_seed(int(seed)))[:rest]]
     _decoder(sae, torch.cat([U[varied], -U[varied], picked - picked @ V.T @ V]))
 
 
@@ -201,6 +197,7 @@ def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
         ValueError: an SAE without thresholds, too few rows for the rate, more active latents asked for than are positive.
     """
     door(sae=sae, x=x, l0=l0)
+    l0 = float(l0)
     if not hasattr(sae, "threshold"):
         raise ValueError(f"{type(sae).__name__} has no thresholds: calibrate takes JumpReLU SAEs")
     if (k := round(len(x) * l0 / sae.cfg.d_sae)) < 1:
@@ -234,7 +231,7 @@ def start_jumprelu(
     """
     door(d_sae=d_sae, l0=l0, x=x, decoder=decoder)
     cfg = SparseJumpReLUTrainingSAEConfig(
-        d_in=x.shape[1], d_sae=d_sae, target_l0=l0, device=str(x.device), apply_b_dec_to_input=True, **settings
+        d_in=x.shape[1], d_sae=d_sae, target_l0=float(l0), device=str(x.device), apply_b_dec_to_input=True, **settings
     )
     sae = SparseJumpReLUTrainingSAE(cfg)
     decoder_bias_at_median(sae, x)
@@ -254,7 +251,7 @@ def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
         ValueError: a shift with an SAE that does not subtract ``b_dec`` from its input; what
             :func:`saeutils.saes.provenance.require_foldable` refuses.
     """
-    door(sae=sae)
+    door(sae=sae, scale=scale)
     provenance.require_foldable(sae, scale, shift is not None)
     if shift is not None and not sae.cfg.apply_b_dec_to_input:
         raise ValueError("a shift can be folded only where apply_b_dec_to_input=True")

@@ -25,11 +25,9 @@ def require_foldable(sae: SAE, scale: float, shifted: bool) -> None:
     """Can (x − shift)·scale be folded into the SAE?
 
     Raises:
-        ValueError: a factor that is none, an SAE that scales each row itself, one that is folded already or was trained on
+        ValueError: an SAE that scales each row itself, one that is folded already or was trained on
             rows of another factor or shift.
     """
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale={scale} must be a positive number")
     if sae.cfg.normalize_activations != "none" or getattr(sae, "unit_rows", False):
         raise ValueError(f"{type(sae).__name__} scales each row itself: no one factor can be folded into it")
     if sae.cfg.metadata.folded:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from saeutils.kernels.door import door
 from saeutils.lm import tokens
-from saeutils.saes.provenance import require_raw
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -44,6 +44,13 @@ class _Call(NamedTuple):
 
 
 _ALONE = _Call(0, False)  # an edit that is called by hand
+
+
+def provenance() -> ModuleType:
+    """Late: its room takes seconds to import, and who has an SAE has paid them."""
+    from saeutils.saes import provenance
+
+    return provenance
 
 
 def edit(hook: str, d: int, delta: Callable[[Tensor], Tensor], positions: Positions) -> Edit:
@@ -129,7 +136,7 @@ def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: 
         ValueError: the SAE was trained at another hook point, or takes other rows than the model's activations.
     """
     door(hook=hook, sae=sae, change=change)
-    require_raw(sae, hook)
+    provenance().require_raw(sae, hook)
 
     @torch.no_grad()
     def delta(x: Tensor) -> Tensor:
@@ -174,10 +181,8 @@ def project_out(hook: str, directions: Tensor, positions: Positions = AFTER_BOS)
     Raises:
         ValueError: NaN or inf in the directions.
     """
-    door(hook=hook)
+    door(hook=hook, directions=directions)
     rows = torch.atleast_2d(directions).detach().double()
-    if not torch.isfinite(rows).all():
-        raise ValueError("project_out: the directions have NaN or inf")
     rows = torch.nn.functional.normalize(rows, dim=1)  # a short direction counts as much as a long one
     _, sizes, vectors = torch.linalg.svd(rows, full_matrices=False)
     basis = vectors[sizes > 1e-6].T.float()  # [d, rank]
@@ -191,7 +196,7 @@ def splice(hook: str, sae: SAE) -> Edit:
         ValueError: as :func:`latents`.
     """
     door(hook=hook, sae=sae)
-    require_raw(sae, hook)
+    provenance().require_raw(sae, hook)
     return edit(hook, sae.cfg.d_in, torch.no_grad()(lambda x: sae(x.to(sae.device, sae.dtype)).float().to(x.device) - x), AFTER_BOS)
 
 

@@ -40,17 +40,13 @@ def generate(
         ValueError: no prompt, an empty one, or one text where a list is expected; no token or sample asked for, more tokens
             than the model has positions; edits at hook points that the model lacks.
     """
-    door(lm=lm, tokens=tokens, temperature=temperature, samples=samples, seed=seed, batch_size=batch_size)
-    if isinstance(prompts, str):
-        raise ValueError("give a list of prompts, not one text: [prompt]")
-    if not len(prompts) or any(not p for p in prompts):
-        raise ValueError("give at least one prompt, none of them empty")
-    if tokens < 1 or samples < 1 or temperature < 0:
-        raise ValueError(f"tokens={tokens} and samples={samples} must be at least 1, temperature={temperature} at least 0")
+    door(lm=lm, prompts=prompts, tokens=tokens, temperature=temperature, samples=samples, seed=seed, batch_size=batch_size)
+    if any(not p for p in prompts):
+        raise ValueError("prompts: none of them may be empty")
     ids = [encode(lm, p)[0] for p in prompts for _ in range(samples)]
     require_room(lm, max(map(len, ids)) + tokens)
     out: list[str] = [""] * len(ids)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     with edited(lm, edits):
         for batch in same_length(ids, batch_size):
             made = continued(lm, torch.stack([ids[i] for i in batch]), tokens, temperature, generator)

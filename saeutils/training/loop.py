@@ -264,22 +264,30 @@ def train(
             if found:
                 checkpoints.restore(found[name], trainer)
         stream, held = chain(held, stream), None
-        bar = tqdm(initial=start, total=steps, desc="training", disable=not progress)
-        for step in range(at, steps, size):
-            if len(window := list(islice(stream, size))) < min(size, steps - step):
-                ended = f"batches ended after {step + len(window)} of {steps} steps"
-                raise ValueError(f"{ended}: give an endless iterator or fewer steps")
-            seen = [_reordered(window, orders[t.name], step // size) if orders else window for t in trainers]
-            for trainer, own in zip(trainers, seen) if step < start else ():
-                checkpoints.require_rows(found[trainer.name], trainer, own[start - 1 - step])
-            for i in range(max(start - step, 0), min(size, steps - step)):
-                for trainer, own in zip(trainers, seen):
-                    trainer.advance(own[i])
-                bar.update()
-        bar.close()
+        with tqdm(initial=start, total=steps, desc="training", disable=not progress) as bar:
+            _run(trainers, stream, range(at, steps, size), start, found, orders, bar)
     for trainer in trainers:
         trainer.set_final_sae_metadata()
     return pd.DataFrame([row for trainer in trainers for row in trainer.rows])
+
+
+def _run(
+    trainers: list[_Trainer], stream: Iterator[Tensor], windows: range, start: int, found: dict[str, Path],
+    orders: dict[str, int] | None, bar: tqdm,
+) -> None:  # fmt: skip
+    """All steps, a window of batches at a time; of those before ``start`` the last is compared with what the checkpoint saw."""
+    size, steps = windows.step, windows.stop
+    for step in windows:
+        if len(window := list(islice(stream, size))) < min(size, steps - step):
+            ended = f"batches ended after {step + len(window)} of {steps} steps"
+            raise ValueError(f"{ended}: give an endless iterator or fewer steps")
+        seen = [_reordered(window, orders[t.name], step // size) if orders else window for t in trainers]
+        for trainer, own in zip(trainers, seen) if step < start else ():
+            checkpoints.require_rows(found[trainer.name], trainer, own[start - 1 - step])
+        for i in range(max(start - step, 0), min(size, steps - step)):
+            for trainer, own in zip(trainers, seen):
+                trainer.advance(own[i])
+            bar.update()
 
 
 def _reordered(window: list[Tensor], seed: int, n: int) -> tuple[Tensor, ...]:

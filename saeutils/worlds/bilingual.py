@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saeutils.kernels import files
 from saeutils.kernels.door import door
@@ -104,6 +104,10 @@ def train_lm(
         ValueError: the texts fill less than one batch.
     """
     door(texts=texts, width=width, layers=layers, heads=heads, context=context, batch=batch, lr=lr, seed=seed)
+    with files.lock("tokenizer", str(folder.resolve())), files.whole_folder(folder / "tokenizer") as fresh:
+        if fresh:
+            tokenizer.save_pretrained(fresh)  # trained again it may differ, as ties in counts are broken by chance
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3 // 16 * 16, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4 * context, tie_word_embeddings=True,
@@ -125,5 +129,5 @@ def train_lm(
                 yield ids, torch.ones_like(ids, dtype=torch.bool)
             at = 0  # only the first epoch begins in its middle
 
-    of = {"texts": files.key(*texts), "tokenizer": files.key(tokenizer.get_vocab()), "context": context, "batch": batch, "seed": seed}
+    of = {"texts": files.key(*texts), "context": context, "batch": batch, "seed": seed}
     return pretraining.fit(folder, model, tokenizer, batches, steps, lr, of=of)

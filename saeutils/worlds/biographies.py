@@ -182,6 +182,7 @@ def require_prompts(prompts: Sequence[str]) -> None:
     Raises:
         ValueError: one is not, it is shown.
     """
+    door(prompts=prompts)
     if bad := [p for p in prompts if not SHAPE.fullmatch(p)]:
         raise ValueError(f"{bad[0]!r} is not a question: write {PROMPT.format('…')!r}, nothing after it")
 
@@ -192,7 +193,6 @@ def answers(
     batch_size: int = 256,
 ) -> list[str]:  # fmt: skip
     """Greedy answers, up to the end token; row i of ``delta`` [n, d] is added at ``hook`` on prompt i's last token."""
-    door(lm=lm, prompts=prompts, tokens=tokens, batch_size=batch_size)
     require_prompts(prompts)
     ids = [encode(lm, p)[0] for p in prompts]
     out = [""] * len(ids)
@@ -210,7 +210,6 @@ def last_states(
     lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256
 ) -> dict[str, Tensor]:
     """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
-    door(lm=lm, prompts=prompts, batch_size=batch_size)
     require_prompts(prompts)
     ids = [encode(lm, p)[0] for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -31,7 +31,7 @@ def test_probes_on_constant_columns_and_on_one_class():
     z, train = np.c_[Y, np.zeros(40), np.ones(40)].astype(float), np.arange(40) < 20
     assert quality.k_sparse_probing(z, Y, train, 3) == 1.0
     for k in (0, 4):
-        with pytest.raises(ValueError, match=f"k={k} must lie between 1 and the 3 columns"):
+        with pytest.raises(ValueError, match=f"k={k}"):
             quality.k_sparse_probing(z, Y, train, k)
     with pytest.raises(ValueError, match="test rows: 0 labels"):
         quality.k_sparse_probing(z, Y, np.ones(40, bool), 1)
@@ -58,9 +58,9 @@ def test_dictionaries_of_many_equal_rows_are_matched_on_the_sparse_path_too(n):
 def test_medians_of_equal_rows_and_of_none():
     x = torch.ones(5, 3) * 2
     assert torch.allclose(initializers.geometric_median(x), x[0])
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="at least one row"):
         initializers.geometric_median(x[:0])
-    with pytest.raises(ValueError, match="x has NaN or inf"):
+    with pytest.raises(ValueError, match="with NaN or inf"):
         initializers.geometric_median(x * float("nan"))
 
 

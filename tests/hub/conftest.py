@@ -26,8 +26,8 @@ CAP = (
     "features=64,ds=2,rows=512,iterations=2,ratios=6,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,layers=2,"
     "toy_features=32,toy_d=16,toy_latents=60,toy_rows=800,toy_steps=4,toy_l0s=2,toy_l1s=2,latents=1000,rows_swept=0"
 )
-# on top of CAP: one L0 and rows enough for 4,096 latents; the sweep of 08 takes rows in proportion to features
-OWN = {"05": ",tokens=6500,l0s=1", "06": ",tokens=4000,l0s=1,seeds=1,judged=5,per_class=12,per_cell=6,per_topic=6,words=60,sets=1", "07": ",tokens=3", "08": ",rows=256,ratios=5"}
+# on top of CAP: the SAE's own block; one L0 and rows enough for 4,096 latents; the sweep of 08 takes rows in proportion to features
+OWN = {"01": ",block=8", "05": ",tokens=6500,l0s=1", "06": ",tokens=4000,l0s=1,seeds=1,judged=5,per_class=12,per_cell=6,per_topic=6,words=60,sets=1", "07": ",tokens=3", "08": ",rows=256,ratios=5"}
 FACTS = ("06",)  # asks what the LM knows
 
 

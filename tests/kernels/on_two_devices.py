@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ |= {"SAEUTILS_CACHE": tempfile.mkdtemp(), "TQDM_DISABLE": "1"}
 
 import tiny

@@ -19,7 +19,7 @@ ROUNDS = """
 
     torch.set_num_threads(1)
     folder, hook = tiny.saved("llama"), "blocks.1.hook_resid_post"
-    text = Dataset.from_dict({{"text": [f"the quick brown fox {{i}} jumps over the lazy dog " * 3 for i in range(60)]}})
+    text = Dataset.from_dict({{"text": [f"the quick brown fox {{i}} jumps over the lazy dog " * 3 for i in range(20)]}})
 
     def used():
         gc.collect()
@@ -27,8 +27,8 @@ ROUNDS = """
 
     for round in range(30):
         acts = activations.collect(folder, hook, text, context=64, seed=round, dtype=torch.float32)
-        sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=32, d_sae=4096, k=8))
-        train(sae, partial(acts.batches, 256), 5, progress=False)
+        sae = SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=32, d_sae=1024, k=8))
+        train(sae, partial(acts.batches, 64), 5, progress=False)
         lm = models.load_lm(folder, dtype=torch.float32)
         steering.generate(lm, ["a fox"], [steering.clamp(hook, sae, 3, 1.0)], tokens=4)
         steering.loss_recovered(lm, sae, hook, ["the quick brown fox jumps"])

@@ -1,5 +1,6 @@
 """The explorer without a browser, on a small LM and an SAE that plain SAELens trained; what it writes is what generate writes."""
 
+import copy
 import itertools
 
 import pytest
@@ -176,7 +177,9 @@ def test_the_index_is_kept_by_all_that_it_depends_on(small, plain, tmp_path, mon
         plain.b_enc += 1e-3
         index.indexed(small, plain, HOOK, TEXTS)
         plain.b_enc -= 1e-3
-    index.indexed(small, plain, "blocks.1.hook_resid_post", TEXTS)
+    elsewhere = copy.deepcopy(plain)
+    elsewhere.cfg.metadata.hook_name = None
+    index.indexed(small, elsewhere, "blocks.1.hook_resid_post", TEXTS)
     index.indexed(small, plain, HOOK, TEXTS[1:])
     index.indexed(models.load_lm("bilingual-lm/step-0001000"), plain, HOOK, TEXTS)
     assert len(list((tmp_path / "index").iterdir())) == 5

@@ -69,8 +69,8 @@ def table():
 OTHER = object()
 # kind → (refused, other right forms of a right value)
 KINDS = {
-    "count": ([None, OTHER, "a", NAN, -1, 0, [], 1.5], [np.int64, float]),
-    "seed": ([None, OTHER, "a", NAN, -1, [], 1.5], [np.int64, float]),
+    "count": ([None, OTHER, "a", NAN, -1, 0, [], 1.5], [np.int64]),
+    "seed": ([None, OTHER, "a", NAN, -1, [], 1.5], [np.int64]),
     "positive": ([None, OTHER, "a", NAN, -1.0, 0, [], float("inf")], [np.float64, torch.tensor]),
     "number": ([None, OTHER, "a", NAN, [], float("inf")], [np.float64, torch.tensor]),
     "not negative": ([None, OTHER, "a", NAN, -1.0, [], float("inf")], [np.float64]),
@@ -136,7 +136,7 @@ TABLE = {
     "steering.windows": row(lambda: dict(lm=lm(), texts=["the fox"], context=8), lm="lm", texts="texts", context="count"),
     "analysis.absorption": row(lambda: dict(x=ROWS, letter=LABELS, sae=topk(), train=HALF, probes={}, max_k=3, jump=0.1),
                                x="matrix", letter=ELSEWHERE, sae="sae", train=ELSEWHERE, probes=ELSEWHERE, max_k="count", jump="number"),
-    "analysis.accuracy": row(lambda: dict(probe=(np.ones(32), 0.0), x=ROWS.numpy(), y=LABELS), probe=ELSEWHERE, x="array", y=ELSEWHERE),
+    "analysis.accuracy": row(lambda: dict(probe=(np.ones(32), 0.0), x=ROWS.numpy(), y=LABELS), probe=ELSEWHERE, x=ELSEWHERE, y=ELSEWHERE),
     "analysis.compare": row(lambda: dict(a=topk(), b=topk()), a="sae", b="sae"),
     "analysis.detection": row(lambda: dict(f=torch.rand(30, 2), texts=["a"] * 30, embedded=np.ones((30, 2)), latents=[0], seed=1),
                               f=ELSEWHERE, texts="texts", embedded=ELSEWHERE, latents=ELSEWHERE, seed="seed"),
@@ -144,7 +144,7 @@ TABLE = {
     "analysis.latent_table": row(lambda: dict(acts=acts(), sae=topk(), n_docs=40, l2=False), acts="sae", sae="sae", n_docs="count", l2="flag"),
     "analysis.letter_probes": row(lambda: dict(x=ROWS.numpy(), letter=LABELS, train=HALF, min_f1=0.5), x="array", letter=ELSEWHERE, train=ELSEWHERE, min_f1="share"),
     "analysis.linear_probe": row(lambda: dict(x=ROWS.numpy(), y=LABELS), x="array", y=ELSEWHERE),
-    "analysis.match": row(lambda: dict(A=ROWS, B=ROWS, dense_below=8), A="matrix", B="matrix", dense_below="count"),
+    "analysis.match": row(lambda: dict(A=ROWS, B=ROWS, dense_below=8), A="matrix", B="matrix", dense_below="seed"),
     "analysis.match_certified": row(lambda: dict(A=ROWS, B=ROWS, neighbours=4, rounds=1, progress=False), A="matrix", B="matrix", neighbours="count", rounds="count", progress="flag"),
     "analysis.minilm": row(lambda: dict(texts=["a"], batch_size=2), texts="texts", batch_size="count"),
     "analysis.pooled": row(lambda: dict(rows={"x": ROWS, "doc": torch.arange(300)}, n_docs=300, encode=None), rows=ELSEWHERE, n_docs="count", encode=ELSEWHERE),

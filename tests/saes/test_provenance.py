@@ -85,7 +85,7 @@ def test_unfolded_it_refuses_raw_rows(acts, sae, folder):
 
 
 @pytest.mark.parametrize("scale, shifted, message", [
-    (0.0, True, "must be a positive number"), (float("nan"), True, "must be a positive number"), (3.0, True, r"trained on \(x − mean\)·"),
+    (0.0, True, "expected a finite number above 0"), (float("nan"), True, "expected a finite number above 0"), (3.0, True, r"trained on \(x − mean\)·"),
     (None, False, r"not x·"),
 ])  # fmt: skip
 def test_only_what_it_was_trained_on_is_folded(acts, sae, scale, shifted, message):

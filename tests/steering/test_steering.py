@@ -163,7 +163,7 @@ def test_bad_input(lm):
         steering.edited(lm, [steering.add("blocks.99.hook_resid_post", torch.ones(640))]),
     ):
         pass
-    with pytest.raises(ValueError, match="at least one prompt"):
+    with pytest.raises(ValueError, match=r"prompts=.*: expected a list of texts, at least one"):
         steering.generate(lm, [])
     with pytest.raises(ValueError, match=r"the edit has d=32, .* has d=640"):
         _resid(lm, PROMPT, [steering.add(HOOK, torch.ones(32))])
@@ -210,8 +210,8 @@ def test_generation_ends_at_the_end_token(monkeypatch):
 
 
 @pytest.mark.parametrize("kw, message", [
-    ({"prompts": "Paris is"}, "a list of prompts, not one text"), ({"tokens": 0}, "tokens=0"), ({"temperature": -1.0}, "temperature=-1.0"),
-    ({"samples": 0}, "samples=0"), ({"tokens": 10**6}, "tokens with the prompt; .* reads"), ({"prompts": ["a", 3]}, "a text is expected, not int"),
+    ({"prompts": "Paris is"}, "prompts='Paris is': expected a list of texts"), ({"tokens": 0}, "tokens=0"), ({"temperature": -1.0}, "temperature=-1.0"),
+    ({"samples": 0}, "samples=0"), ({"tokens": 10**6}, "tokens with the prompt; .* reads"), ({"prompts": ["a", 3]}, "expected a list of texts"),
 ])  # fmt: skip
 def test_generation_refuses(kw, message):
     small = models.load_lm("bilingual-lm/step-0004000")
