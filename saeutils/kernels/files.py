@@ -86,12 +86,13 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path | None]:
+def whole_folder(folder: Path, again: bool = False) -> Iterator[Path | None]:
     """A temporary folder beside ``folder`` to be filled in the block and renamed to it at its end; None where it is there already.
 
-    After an exception nothing is left. Only for who holds a lock: what a killed process left behind is removed first.
+    ``again``: one that is there is replaced, at the end. After an exception all is as before. Only for who holds a lock: what a
+    killed process left behind is removed first.
     """
-    if folder.exists():
+    if folder.exists() and not again:
         yield None
         return
     tmp = folder.with_name(f".{folder.name}")
@@ -99,6 +100,7 @@ def whole_folder(folder: Path) -> Iterator[Path | None]:
     tmp.mkdir(parents=True)
     try:
         yield tmp
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -66,10 +65,9 @@ def local_dir(name: str) -> Path:
 
 
 def _converted(name: str, folder: Path) -> Path:
-    if folder.exists() and not _whole(folder):
+    if damaged := folder.exists() and not _whole(folder):
         print(f"{folder} is damaged or of another version: converting {name} again")
-        shutil.rmtree(folder)
-    with files.whole_folder(folder) as tmp:
+    with files.whole_folder(folder, again=damaged) as tmp:
         if tmp:
             print(f"converting {name} from GGUF, once (about a minute)")
             _convert(name, tmp)

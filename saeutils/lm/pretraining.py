@@ -132,8 +132,7 @@ def keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
     state = {k: v.detach().to("cpu", torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
-    shutil.rmtree(folder, ignore_errors=True)
-    with files.whole_folder(folder) as tmp:
+    with files.whole_folder(folder, again=True) as tmp:
         save_file(state, tmp / "model.safetensors", {"format": "pt"})
         config.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)

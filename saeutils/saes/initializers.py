@@ -214,7 +214,7 @@ def calibrate(sae: SAE, x: Tensor, l0: float) -> None:
         dot, norm = dot + float((out * (part - sae.b_dec)).sum()), norm + float(out.pow(2).sum())
     if active < 0.9 * l0:
         raise ValueError(
-            f"L0 {l0} cannot be reached: {active:.0f} latents are positive on a row; lower it or widen the SAE"
+            f"L0 {l0:g} cannot be reached: {active:.0f} latents are positive on a row; lower it or widen the SAE"
         )
     if norm:
         for parameter in (sae.W_enc, sae.b_enc, sae.threshold):

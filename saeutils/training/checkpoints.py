@@ -17,8 +17,7 @@ STATE = ("fired", "seen", "resampled", "n_training_steps")
 
 def save(folder: Path, trainer, batch: Tensor) -> None:
     """Write ``step-N`` under a temporary name, hash it, rename it; keep the newest two. ``batch``: the last one seen."""
-    shutil.rmtree(final := folder / f"step-{trainer.n_training_steps:08d}", ignore_errors=True)  # a damaged one
-    with files.whole_folder(final) as tmp:
+    with files.whole_folder(folder / f"step-{trainer.n_training_steps:08d}", again=True) as tmp:  # it may be there, damaged
         _write(tmp, trainer, batch)
     for old in sorted(folder.glob("step-*"))[:-2]:
         shutil.rmtree(old)

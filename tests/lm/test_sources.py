@@ -75,10 +75,13 @@ def test_text_errors():
 
 
 def test_converted_model_is_rebuilt_when_damaged(capsys, monkeypatch, tmp_path):
+    whole = embedded.local_dir("smollm2-135m")
+    monkeypatch.setenv("SAEUTILS_CACHE", str(tmp_path))  # others read the real one meanwhile
+    without = shutil.ignore_patterns("sha256.json")
+    monkeypatch.setattr(embedded, "_convert", lambda name, to: shutil.copytree(whole, to, dirs_exist_ok=True, ignore=without))  # half a minute
     folder = embedded.local_dir("smollm2-135m")
+    assert json.loads((folder / "sha256.json").read_text()).keys() == json.loads((whole / "sha256.json").read_text()).keys()
     stamp = json.loads((folder / "sha256.json").read_text())
-    shutil.copytree(folder, tmp_path / "whole", ignore=shutil.ignore_patterns("sha256.json"))
-    monkeypatch.setattr(embedded, "_convert", lambda name, to: shutil.copytree(tmp_path / "whole", to, dirs_exist_ok=True))  # half a minute
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text("{}")
     assert embedded.local_dir("smollm2-135m") == folder

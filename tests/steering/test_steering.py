@@ -103,17 +103,19 @@ def test_greedy_equals_uncached_passes_and_sampling_follows_the_distribution(lm)
     for _ in range(6):  # the bridge's own generate shares our cache, and its faults
         whole = torch.cat([whole, lm(whole)[:, -1:].argmax(-1)], 1)
     assert torch.equal(steering.continued(lm, ids, 6), whole[:, ids.shape[1] :])
+    small = models.load_lm("bilingual-lm/step-0004000")  # of a vocabulary that can be drawn from often
+    ids = tokens.encode(small, "The girl went to")
     with torch.no_grad():
-        p = (lm(ids)[0, -1].float() / 0.7).softmax(-1)
+        p = (small(ids)[0, -1].float() / 0.7).softmax(-1)
         torch.manual_seed(0)
-        drawn = steering.continued(lm, ids.expand(500, -1), 1, 0.7)[:, 0]
+        drawn = steering.continued(small, ids.expand(2000, -1), 1, 0.7)[:, 0]
     top = p.topk(5)
     share = torch.stack([(drawn == i).float().mean() for i in top.indices])
-    assert torch.allclose(share, top.values, atol=4 * float((top.values.max() / 500) ** 0.5))
+    assert torch.allclose(share, top.values, atol=4 * float((top.values.max() / 2000) ** 0.5))
 
 
-def test_sampling_is_seeded_and_batched(lm):
-    prompts = ["he is", "the weather today is"]
+def test_sampling_is_seeded_and_batched():
+    lm, prompts = models.load_lm("bilingual-lm/step-0004000"), ["he is", "the weather today is"]
     state = torch.get_rng_state()
     a = steering.generate(lm, prompts, tokens=5, temperature=0.7, samples=3, seed=1)
     assert torch.equal(state, torch.get_rng_state())

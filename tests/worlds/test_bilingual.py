@@ -82,7 +82,7 @@ def test_the_shipped_model_speaks_both_languages():
     lm = models.load_lm(**found[4000], dtype=torch.float32, device="cpu")
     _, heldout = bilingual.split_pairs(text.load_text("tatoeba"), held_out=4000)
     for column in ("ja", "en"):
-        rows = steering.windows(lm, list(heldout[column])[:60], 64)
+        rows = steering.windows(lm, list(heldout[column])[:30], 64)
         assert steering.mean_loss(lm, rows) < math.log(6000) - 3  # three nats better than any token alike
     logits = lm(torch.tensor([[0, 5, 6]]))
     hf, _ = models.load_hf(**found[4000], dtype=torch.float32, device="cpu")
