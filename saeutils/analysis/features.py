@@ -18,10 +18,9 @@ from tqdm.auto import tqdm
 from saeutils import steering
 from saeutils.analysis import language
 from saeutils.kernels.door import door
-from saeutils.lm import parts
+from saeutils.lm import parts, provenance
 from saeutils.lm.activations import Activations
 from saeutils.lm.tokens import encode
-from saeutils.saes import provenance
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE

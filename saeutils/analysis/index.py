@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from saeutils.analysis.features import LatentTable, encoded, residual
 from saeutils.kernels import files
 from saeutils.lm import text
+from saeutils.lm.provenance import require_raw
 from saeutils.lm.tokens import begin, heads
-from saeutils.saes.provenance import require_raw
 from saeutils.steering.edits import SINK
 
 if TYPE_CHECKING:  # late: together they take seconds to import

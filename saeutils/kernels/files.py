@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+WRITING = ".writing-"  # what names of temporary files and folders begin with
 PACKAGE = Path(__file__).resolve().parents[1]  # saeutils/, wherever it is installed
 
 
@@ -74,7 +75,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     After an exception ``path`` is what it was, and the temporary file is gone. Its suffix is that of ``path``.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{WRITING}{path.stem}-", suffix=path.suffix)
     os.close(handle)
     tmp = Path(name)
     try:
@@ -95,7 +96,7 @@ def whole_folder(folder: Path, again: bool = False) -> Iterator[Path | None]:
     if folder.exists() and not again:
         yield None
         return
-    tmp = folder.with_name(f".{folder.name}")
+    tmp = folder.with_name(WRITING + folder.name)
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
@@ -104,6 +105,37 @@ def whole_folder(folder: Path, again: bool = False) -> Iterator[Path | None]:
         os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written in ``folder``, and nothing else. Only for who holds its lock."""
+    for left in folder.glob(f"{WRITING}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; nothing where there is none, or where a disk has truncated it, which is said."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        print(f"{path} is damaged")
+        return {}
+
+
+def seal(folder: Path, version: int = 1) -> None:
+    """Write down the SHA-256 of every file of a folder, in ``sha256.json`` there."""
+    hashes = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
+    (folder / "sha256.json").write_text(json.dumps({"version": version, **hashes}))
+
+
+def sealed(folder: Path, version: int = 1) -> bool:
+    """Are all files what :func:`seal` wrote down of them, in this version?"""
+    hashes = read_json(folder / "sha256.json")
+    if hashes.pop("version", 1) != version or not hashes:
+        return False
+    return all((folder / f).exists() and sha256_of(folder / f) == h for f, h in hashes.items())
 
 
 def _umask() -> int:

@@ -49,7 +49,7 @@ def collect(
     """
     door(hook=hook, seed=seed, context=context, batch_tokens=batch_tokens)
     settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
-    corpus.require(lm, text, context, outlier, n_tokens)
+    corpus.require(lm, text, outlier, n_tokens)
     folder = files.cache_dir("activations", corpus.key(lm, hook, text, load, **settings))
     with files.lock("activations", folder.name):
         acts = Activations(folder)
@@ -64,8 +64,7 @@ def _fill(
 ) -> None:
     """Collect the shards that are missing or damaged; ``settings`` are those of :func:`collect`."""
     folder, seed = acts.folder, settings["seed"]
-    for left in folder.glob(".*"):  # of a killed process: we hold the lock
-        left.unlink()
+    files.sweep(folder)
     collector = Collector(lm, hook, settings["batch_tokens"], **load)
     windows = tokenize(text, collector.tokenizer, settings["context"], settings["n_tokens"], seed)
     cut = pools(windows, seed)
@@ -82,16 +81,6 @@ def _fill(
                 _write_json(folder / "meta.json", {**meta, "d": rows["x"].shape[1]})
                 bar.update(sum(len(windows.tokens[i]) for i in pool))
     _write_json(folder / "meta.json", {**Activations(folder).meta, "complete": True})
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:  # truncated by a disk that was full or lost it
-        print(f"{path} is damaged: its shards are collected again")
-        return {}
 
 
 def _shard(n: int) -> str:
@@ -111,8 +100,7 @@ class Activations:
 
     def __init__(self, folder: str | Path, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)):
         self.folder, self.fractions = Path(folder), fractions
-        meta = self.folder / "meta.json"
-        self.meta = _read_json(meta)
+        self.meta = files.read_json(self.folder / "meta.json")
         self.d: int = self.meta.get("d", 0)
         self._scales: dict[tuple[bool, str], float] = {}
 

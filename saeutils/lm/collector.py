@@ -18,6 +18,7 @@ from saeutils.kernels import jobs, memory
 from saeutils.lm import models, parts
 from saeutils.lm.tokens import bos_of
 
+PROBE = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(0))  # ids on which a hook point is checked
 HOOKS = ("hook_resid_post", "hook_mlp_out")
 
 
@@ -72,22 +73,11 @@ def hooked_module(model: torch.nn.Module, hook: str) -> torch.nn.Module:
 
 
 @lru_cache(32)
-def _require_mlp_out(lm: str, hook: str, load: tuple[tuple[str, object], ...]) -> None:
-    """What the module gives must be what TransformerLens' hook point holds, all that the MLP adds to the stream; once a model.
-
-    Raises:
-        ValueError: the block adds something else (Granite multiplies it, BLOOM's MLP gives the whole stream).
-    """
-    ids = torch.randint(0, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+def _bridged(lm: str, hook: str, load: tuple[tuple[str, object], ...]) -> Tensor:
+    """What TransformerLens' hook point holds on :data:`PROBE`, [2, 12, d] float32; once a process and model."""
     bridge = models.load_lm(lm, layers=parse_hook(hook)[0] + 1, **dict(load))
     with torch.inference_mode():
-        theirs = bridge.run_with_cache(ids.to(bridge.cfg.device), names_filter=[hook])[1][hook].float().cpu()
-    ours = Collector(lm, hook, check=False, **dict(load)).forward(ids).float().cpu()
-    if float((ours - theirs).norm() / theirs.norm()) > parts.tolerance(bridge.cfg.dtype):
-        raise ValueError(
-            f"{lm}: in a {bridge.original_model.config.model_type} block the MLP module's output is not what it adds to the "
-            "residual stream, which is what hook_mlp_out means: collect hook_resid_post"
-        )
+        return bridge.run_with_cache(PROBE.to(bridge.cfg.device), names_filter=[hook])[1][hook].float().cpu()
 
 
 def windows_of(text: Dataset, tokenizer, context: int, seed: int) -> Iterator[tuple[int, int, list[int]]]:
@@ -163,15 +153,15 @@ def _batches(pool: Iterable[int], windows: Windows, batch_tokens: int) -> Iterat
 class Collector:
     """Runs an LM, truncated at the hook's block, and returns activations of pools of windows as flat rows."""
 
-    def __init__(self, lm: str, hook: str, batch_tokens: int = 2048, *, check: bool = True, **load):
+    def __init__(self, lm: str, hook: str, batch_tokens: int = 2048, **load):
         memory.reuse()
-        if check and parse_hook(hook)[1] == "hook_mlp_out":
-            _require_mlp_out(lm, hook, tuple(sorted(load.items())))
         self.model, self.tokenizer = models.load_hf(lm, layers=parse_hook(hook)[0] + 1, **load)
         self.hook, self.batch_tokens = hook, batch_tokens
         self.module = hooked_module(self.model, hook)
         known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         self.special = torch.tensor([i for i in known if i is not None], dtype=torch.long)
+        if parse_hook(hook)[1] == "hook_mlp_out":
+            self._require_mlp_out(lm, _bridged(lm, hook, tuple(sorted(load.items()))))
 
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
@@ -194,9 +184,21 @@ class Collector:
             handle.remove()
         return reached[0]
 
+    def _require_mlp_out(self, lm: str, theirs: Tensor) -> None:
+        """The module must give what the hook point holds, all that the MLP adds to the stream.
+
+        Raises:
+            ValueError: the block adds something else (Granite multiplies it, BLOOM's MLP gives the whole stream).
+        """
+        ours = self.forward(PROBE).float().cpu()
+        if float((ours - theirs).norm() / theirs.norm()) > parts.tolerance(self.model.dtype):
+            raise ValueError(
+                f"{lm}: in a {self.model.config.model_type} block the MLP module's output is not what it adds to the "
+                "residual stream, which is what hook_mlp_out means: collect hook_resid_post"
+            )
+
     def _require_positions(self, length: int) -> None:
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if most and length > most:
+        if length > (most := parts.positions(self.model)):
             raise ValueError(f"windows of {length:,} tokens; {type(self.model).__name__} has {most:,} positions: take a smaller context")
 
     def rows(self, pool: Iterable[int], windows: Windows, outlier: float) -> dict[str, Tensor]:

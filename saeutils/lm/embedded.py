@@ -1,7 +1,6 @@
 """The models that come out of PyPI archives, converted once; and what every load is held to."""
 
 import contextlib
-import json
 import tempfile
 from pathlib import Path
 
@@ -65,26 +64,14 @@ def local_dir(name: str) -> Path:
 
 
 def _converted(name: str, folder: Path) -> Path:
-    if damaged := folder.exists() and not _whole(folder):
+    if damaged := folder.exists() and not files.sealed(folder, VERSION):
         print(f"{folder} is damaged or of another version: converting {name} again")
     with files.whole_folder(folder, again=damaged) as tmp:
         if tmp:
             print(f"converting {name} from GGUF, once (about a minute)")
             _convert(name, tmp)
-            hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
-            (tmp / "sha256.json").write_text(json.dumps({"version": VERSION, **hashes}))
+            files.seal(tmp, VERSION)
     return folder
-
-
-def _whole(folder: Path) -> bool:
-    """Are all files what was written down of them, by this version?"""
-    try:
-        hashes = json.loads((folder / "sha256.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    if hashes.pop("version", 1) != VERSION or not hashes:
-        return False
-    return all((folder / f).exists() and files.sha256_of(folder / f) == h for f, h in hashes.items())
 
 
 def _convert(name: str, folder: Path) -> None:

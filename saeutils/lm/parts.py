@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # late: it takes seconds to import
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel
 
 EXACT = 1e-3  # relative error of what is only rounded otherwise, in float32
 
@@ -16,6 +18,11 @@ EXACT = 1e-3  # relative error of what is only rounded otherwise, in float32
 def tolerance(dtype: torch.dtype) -> float:
     """Relative error of one layer in ``dtype`` that is rounding."""
     return EXACT if dtype == torch.float32 else 3e-2
+
+
+def positions(model: PreTrainedModel) -> float:
+    """How many tokens a model can read at once; inf where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,8 +43,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**of, "steps": max(steps), "lr": lr, "betas": list(betas), "model": model.config.to_dict()}
     with files.lock("training run", str(folder.resolve())):
-        for left in folder.glob(".*"):  # of a killed process
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        files.sweep(folder)
         _require_same_run(folder, settings, traces.of(model))
         if not all((folder / f"step-{n:07d}").exists() for n in steps):
             _train(folder, model, tokenizer, batches, steps, lr, betas, every)

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from saeutils.kernels.door import door
 from saeutils.lm import batches, corpus
 from saeutils.lm.activations import Activations
 from saeutils.lm.collector import Collector, shard_tokens, taken, windows_of
@@ -30,19 +31,21 @@ def stream(
         ValueError: as :func:`collect`; a buffer too small for the batch; an unknown ``normalise``; less text for
             training than the pool holds.
     """
+    door(hook=hook, batch_size=batch_size, context=context, seed=seed, start=start)
     shard = shard_tokens()
     if buffer < 1 or batch_size > buffer * shard:
         raise ValueError(f"buffer={buffer} shards of {shard:,} rows must hold a batch of {batch_size:,}")
     batches.one_factor(normalise)
-    corpus.require(lm, text, context, outlier)
+    corpus.require(lm, text, outlier)
     origin = {"lm": lm, "hook": hook, "normalise": normalise, "factor": 1.0, "centred": centre}
-    rows = _streamed(text, load, origin, (batch_size, context, outlier, seed, buffer, start))
-    return batches.Batches(rows, origin)
+    return batches.Batches(_streamed(text, load, origin, batch_size, context, outlier, seed, buffer, start), origin)
 
 
-def _streamed(text: Dataset, load: dict, origin: dict, options: tuple) -> Iterator[Tensor]:
+def _streamed(
+    text: Dataset, load: dict, origin: dict, batch_size: int, context: int, outlier: float, seed: int, buffer: int, start: int
+) -> Iterator[Tensor]:
     """The batches of :func:`stream`; the factor is written into ``origin`` before the first leaves."""
-    (batch_size, context, outlier, seed, buffer, start), normalise = options, origin["normalise"]
+    normalise = origin["normalise"]
     collector, assign, shard = Collector(origin["lm"], origin["hook"], **load), Activations("").split_of, shard_tokens()
     pool, used, shift = torch.empty(0), 0, None
     for epoch in count():

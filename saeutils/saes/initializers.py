@@ -10,8 +10,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 
 from saeutils.kernels.door import door
-from saeutils.lm import parts
-from saeutils.saes import provenance
+from saeutils.lm import parts, provenance
 from saeutils.saes.jumprelu import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig
 
 if TYPE_CHECKING:
@@ -249,7 +248,7 @@ def fold_scale(sae: SAE, scale: float, shift: Tensor | None = None) -> None:
 
     Raises:
         ValueError: a shift with an SAE that does not subtract ``b_dec`` from its input; what
-            :func:`saeutils.saes.provenance.require_foldable` refuses.
+            :func:`saeutils.lm.provenance.require_foldable` refuses.
     """
     door(sae=sae, scale=scale)
     provenance.require_foldable(sae, scale, shift is not None)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from saeutils.kernels.door import door
 from saeutils.lm import tokens
+from saeutils.lm.provenance import require_raw
 
 if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import SAE
@@ -44,13 +44,6 @@ class _Call(NamedTuple):
 
 
 _ALONE = _Call(0, False)  # an edit that is called by hand
-
-
-def provenance() -> ModuleType:
-    """Late: its room takes seconds to import, and who has an SAE has paid them."""
-    from saeutils.saes import provenance
-
-    return provenance
 
 
 def edit(hook: str, d: int, delta: Callable[[Tensor], Tensor], positions: Positions) -> Edit:
@@ -136,7 +129,7 @@ def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: 
         ValueError: the SAE was trained at another hook point, or takes other rows than the model's activations.
     """
     door(hook=hook, sae=sae, change=change)
-    provenance().require_raw(sae, hook)
+    require_raw(sae, hook)
 
     @torch.no_grad()
     def delta(x: Tensor) -> Tensor:
@@ -196,7 +189,7 @@ def splice(hook: str, sae: SAE) -> Edit:
         ValueError: as :func:`latents`.
     """
     door(hook=hook, sae=sae)
-    provenance().require_raw(sae, hook)
+    require_raw(sae, hook)
     return edit(hook, sae.cfg.d_in, torch.no_grad()(lambda x: sae(x.to(sae.device, sae.dtype)).float().to(x.device) - x), AFTER_BOS)
 
 

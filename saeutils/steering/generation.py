@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saeutils.kernels.door import door
+from saeutils.lm import parts
 from saeutils.lm.tokens import encode, ends, until_end
 from saeutils.steering.edits import Edit, edited
 
@@ -45,13 +46,13 @@ def generate(
         raise ValueError("prompts: none of them may be empty")
     ids = [encode(lm, p)[0] for p in prompts for _ in range(samples)]
     require_room(lm, max(map(len, ids)) + tokens)
-    out: list[str] = [""] * len(ids)
+    out, last = [""] * len(ids), ends(lm)
     generator = torch.Generator().manual_seed(int(seed))
     with edited(lm, edits):
         for batch in same_length(ids, batch_size):
             made = continued(lm, torch.stack([ids[i] for i in batch]), tokens, temperature, generator)
             for i, row in zip(batch, made.tolist()):
-                out[i] = lm.tokenizer.decode(until_end(row, ends(lm)), skip_special_tokens=True)
+                out[i] = lm.tokenizer.decode(until_end(row, last), skip_special_tokens=True)
     return [out[i : i + samples] for i in range(0, len(out), samples)]
 
 
@@ -75,8 +76,7 @@ def require_room(lm: TransformerBridge, length: int) -> None:
     """Raises:
     ValueError: the model has fewer positions than ``length``.
     """
-    config = lm.original_model.config.get_text_config()
-    if (most := getattr(config, "max_position_embeddings", None)) and length > most:
+    if length > (most := parts.positions(lm.original_model)):
         raise ValueError(f"{length:,} tokens with the prompt; {lm.cfg.model_name} reads {most:,}: ask for fewer")
 
 

@@ -29,8 +29,7 @@ def alone(folders: dict[str, Path]) -> Iterator[None]:
     with ExitStack() as held:
         for folder in folders.values():
             held.enter_context(files.lock("training run", str(folder.resolve())))
-            for left in folder.glob(".step-*"):
-                shutil.rmtree(left)
+            files.sweep(folder)
         yield
 
 
@@ -44,8 +43,7 @@ def _write(tmp: Path, trainer, batch: Tensor) -> None:
         extra["recent"] = list(trainer.recent)
     torch.save(extra, tmp / "extra.pt")
     (tmp / "history.json").write_text(json.dumps(trainer.rows))
-    hashes = {f.name: files.sha256_of(f) for f in sorted(tmp.iterdir())}
-    (tmp / "sha256.json").write_text(json.dumps(hashes))
+    files.seal(tmp)
 
 
 def step_of(path: Path) -> int:
@@ -58,19 +56,10 @@ def newest(folder: Path, at_most: int | None = None) -> Path | None:
     for path in sorted(folder.glob("step-*"), reverse=True):
         if at_most is not None and step_of(path) > at_most:
             continue
-        recorded = path / "sha256.json"
-        hashes = _hashes(recorded)
-        if hashes and all((path / f).exists() and files.sha256_of(path / f) == h for f, h in hashes.items()):
+        if files.sealed(path):
             return path
         print(f"{path} is damaged: taking the one before it")
     return None
-
-
-def _hashes(recorded: Path) -> dict[str, str]:
-    try:
-        return json.loads(recorded.read_text())
-    except (FileNotFoundError, ValueError):  # never written, or truncated by a disk
-        return {}
 
 
 def newest_of_all(folders: dict[str, Path]) -> dict[str, Path]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saeutils.kernels import memory, optim, traces
+from saeutils.lm import provenance
 from saeutils.metrics import fvu, orthogonality
-from saeutils.saes import initializers, provenance
+from saeutils.saes import initializers
 from saeutils.saes.base import aux_loss
 from saeutils.training import checkpoints, checks
 from saeutils.training.resampling import RESAMPLERS, reset_adam

@@ -195,13 +195,13 @@ def answers(
     """Greedy answers, up to the end token; row i of ``delta`` [n, d] is added at ``hook`` on prompt i's last token."""
     require_prompts(prompts)
     ids = [encode(lm, p)[0] for p in prompts]
-    out = [""] * len(ids)
+    out, last = [""] * len(ids), ends(lm)
     for part in generation.same_length(ids, batch_size):
         added = [] if delta is None else [edits.add(hook, delta[part], positions=[-1])]
         with edits.edited(lm, added):
             made = generation.continued(lm, torch.stack([ids[i] for i in part]), tokens)
         for i, row in zip(part, made.tolist()):
-            out[i] = lm.tokenizer.decode(until_end(row, ends(lm))).strip()
+            out[i] = lm.tokenizer.decode(until_end(row, last)).strip()
     return out
 
 

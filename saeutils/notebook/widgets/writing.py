@@ -88,7 +88,7 @@ def control(lm: TransformerBridge, hook: str, setting: Setting, given: Sequence)
 
 def growing(lm: TransformerBridge, setting: Setting, given: Sequence, check: Callable[[], None]) -> Iterator[str]:
     """The continuation after each token; the last is what :func:`saeutils.steering.generate` gives. ``check`` may raise."""
-    made = []
+    made, last = [], ends(lm)
     steps = steering.stepwise(
         lm, encode(lm, setting.prompt), setting.temperature, torch.Generator().manual_seed(setting.seed)
     )
@@ -96,8 +96,8 @@ def growing(lm: TransformerBridge, setting: Setting, given: Sequence, check: Cal
         check()
         with steering.edited(lm, given):  # a token at a time: others may use the model in between
             made.append(int(next(steps)))
-        yield lm.tokenizer.decode(until_end(made, ends(lm)), skip_special_tokens=True)
-        if made[-1] in ends(lm):
+        yield lm.tokenizer.decode(until_end(made, last), skip_special_tokens=True)
+        if made[-1] in last:
             break
 
 

@@ -11,8 +11,8 @@ from sae_lens import SAE
 
 from saeutils import metrics, steering
 from saeutils.analysis import features
-from saeutils.lm import activations, models, streams
-from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig, gba, initializers, provenance
+from saeutils.lm import activations, models, provenance, streams
+from saeutils.saes import SparseJumpReLUTrainingSAE, SparseJumpReLUTrainingSAEConfig, gba, initializers
 from saeutils.training import train
 
 HOOK = "blocks.1.hook_resid_post"
