@@ -16,6 +16,7 @@ import tiny
 import torch
 from datasets import Dataset
 
+from saeutils.kernels import files
 from saeutils.lm import activations, models
 from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saeutils.training import train
@@ -182,3 +183,13 @@ def test_empty_and_truncated_files(name, damage, right, lm, tmp_path, monkeypatc
         whole = path.read_bytes()
         path.write_bytes(damage(whole))
         assert WORK[name](lm, tmp_path) == right(name), path
+
+
+def test_only_what_is_ours_is_swept_away(tmp_path):
+    """A user's hidden files in a folder that a run was given stay."""
+    for name in (".git", f"{files.WRITING}step-0000001"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".gitignore").touch()
+    (tmp_path / f"{files.WRITING}meta-x.json").touch()
+    files.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".git", ".gitignore"]
