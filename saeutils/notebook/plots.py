@@ -43,12 +43,12 @@ def save(fig: Figure, folder: Path, name: str, data: pd.DataFrame | None = None)
 
 def lines(
     ax: Axes, data: pd.DataFrame, x: str, y: str, by: str, *, low: str | None = None, high: str | None = None,
-    order: Sequence[str] | None = None,
+    order: Sequence[str] | None = None, along: str | None = None,
 ) -> None:  # fmt: skip
-    """One line for each value of ``by``, with a band from ``low`` to ``high`` where given."""
+    """One line for each value of ``by``, with a band from ``low`` to ``high`` where given; ``along``: what joins its points, else ``x``."""
     names = list(order) if order is not None else list(dict.fromkeys(data[by]))
     for name, style, marker in zip(names, itertools.cycle(STYLES), itertools.cycle(MARKERS)):
-        part = data[data[by] == name].sort_values(x)
+        part = data[data[by] == name].sort_values(along or x)
         few = len(part) <= 20
         (line,) = ax.plot(part[x], part[y], ls=style, marker=marker if few else None, ms=4, label=str(name))
         if low and high:

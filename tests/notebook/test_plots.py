@@ -25,6 +25,15 @@ def test_colours_and_line_styles_vary_together():
     plt.close(fig)
 
 
+def test_points_are_joined_along_what_was_varied():
+    frame = pd.DataFrame({"cost": [0.3, 0.1, 0.2], "gain": [1, 2, 3], "strength": [1, 2, 3], "arm": "one"})
+    fig, axes = plots.panels(2)
+    plots.lines(axes[0], frame, "cost", "gain", "arm")
+    plots.lines(axes[1], frame, "cost", "gain", "arm", along="strength")
+    assert [list(ax.lines[0].get_xdata()) for ax in axes] == [[0.1, 0.2, 0.3], [0.3, 0.1, 0.2]]
+    plt.close(fig)
+
+
 def test_importing_sets_nothing():
     import subprocess
     import sys
