@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,6 +29,7 @@ MARGIN = 1e-2  # the first round also takes pairs this close to their bound: lat
 WORST = 32  # pairs above their bound that a row adds in a round
 TIGHT = 1e-10  # a cosine this far above its dual bound counts as a violation
 CONTESTED = 24  # violations a row above which rows compete for the same columns: scipy is quicker
+PART = 2**24  # pairs of a GPU's block that the host looks at together
 ROUNDING = 1e-6  # of a float32 cosine less its prices, where these are at most 1
 
 
@@ -55,7 +57,9 @@ def match(A: Tensor, B: Tensor, *, dense_below: int = DENSE_BELOW) -> tuple[Tens
         A, B = B, A
     column = None if len(A) < max(dense_below, len(B)) else _proven(A, B)
     if column is None:
-        column = linear_sum_assignment((A @ B.T).cpu().numpy(), maximize=True)[1]
+        with _float32():
+            cosines = (A @ B.T).cpu()
+        column = linear_sum_assignment(cosines.numpy(), maximize=True)[1]
     column = torch.from_numpy(column.astype(np.int64))
     best = _cosines(A, B, torch.arange(len(A)), column)
     if not flipped:
@@ -114,6 +118,16 @@ def _cosines(A: Tensor, B: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return search.dots(A, B, row.to(A.device), column.to(A.device)).cpu()
 
 
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Products in float32 whatever a GPU would prefer: TF32 errs by 1e-3."""
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
 def _rounding(u: np.ndarray, v: np.ndarray) -> float:
     return ROUNDING * max(1.0, float(abs(u).max()), float(abs(v).max()))
 
@@ -121,13 +135,10 @@ def _rounding(u: np.ndarray, v: np.ndarray) -> float:
 def _passing(
     A: Tensor, B: Tensor, bias: Tensor, what: str, progress: bool, k: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs from :func:`saeutils.kernels.search.passing`, in float32 whatever a GPU would prefer: TF32 errs by 1e-3."""
-    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    try:
+    """Pairs from :func:`saeutils.kernels.search.passing`, at most PART at a time."""
+    with _float32():
         for row, column, _ in tqdm(search.passing(A, B, bias, k=k), what, disable=not progress, unit=" blocks"):
-            yield row, column
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+            yield from zip(row.split(PART), column.split(PART))
 
 
 class _Round(NamedTuple):

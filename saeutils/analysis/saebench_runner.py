@@ -96,7 +96,8 @@ def main() -> None:
     if folder:
         lay_out(model, Path(folder[0]))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "bfloat16" if device == "cuda" else "float32"
+    # an older card only emulates bfloat16
+    dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     name = f"{Path(sae_folder).name}-{os.path.getmtime(Path(sae_folder) / 'sae_weights.safetensors'):.0f}"  # results are reused by name
     for metric in metrics.split(","):
         print(f"saebench {metric}: started", flush=True)

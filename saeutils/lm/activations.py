@@ -199,7 +199,8 @@ class Activations:
         factor = self.scale(centre, normalise)
         origin = {"lm": self.meta["lm"], "hook": self.meta["hook"], "normalise": normalise, "factor": factor, "centred": centre}
         rows = self._shuffled(batch_size, split, seed, start, group)
-        return batches.Batches((batches.normalised(x, shift, factor, normalise) for x in rows), origin)
+        # map holds no batch while the next group is read, which would keep the whole last group in memory
+        return batches.Batches(map(lambda x: batches.normalised(x, shift, factor, normalise), rows), origin)
 
     def _shuffled(self, size: int, split: str, seed: int, start: int, group: int) -> Iterator[Tensor]:
         rng = np.random.default_rng(seed)
@@ -212,13 +213,24 @@ class Activations:
                 if skip >= len(order_in):  # nothing is left over while skipping
                     skip -= len(order_in)
                     continue
-                pool = torch.cat([self._load(names[i])["x"][self._rows[split][i]] for i in members])
-                pool = pool[torch.from_numpy(order_in)]
-                if len(left):
-                    pool = torch.cat([left, pool])
-                pool, skip = pool[skip:], 0
+                pool = self._group([(names[i], self._rows[split][i]) for i in members], order_in, left)[skip:]
+                skip = 0
                 whole = len(pool) // size * size
                 for at_row in range(0, whole, size):
                     yield pool[at_row : at_row + size]
                 left = pool[whole:].clone()
                 del pool  # before the next group is read: one group in memory, not two
+
+    def _group(self, parts: list[tuple[str, Tensor]], order: np.ndarray, left: Tensor) -> Tensor:
+        """``left``, then rows of these shards in ``order``: each is written to its place at once, so no second copy is held."""
+        place = np.empty_like(order)
+        place[order] = np.arange(len(left), len(left) + len(order))
+        pool, at = torch.empty(0), 0
+        for name, numbers in parts:
+            rows = self._load(name)["x"][numbers]
+            if not len(pool):
+                pool = rows.new_empty(len(left) + len(order), self.d)
+                pool[: len(left)] = left
+            pool[torch.from_numpy(place[at : at + len(rows)])] = rows
+            at += len(rows)
+        return pool

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saeutils.kernels.door import door
 from saeutils.saes.alignlosses import bind_loss, decorrelation, sparse_decorrelation, value_loss
-from saeutils.saes.base import register
+from saeutils.saes.base import SavedWhole, register
 from saeutils.saes.standard import SparseStandardTrainingSAE, SparseStandardTrainingSAEConfig
 
 
@@ -43,7 +43,7 @@ class AlignSAEConfig(StandardSAEConfig):
         return "alignsae"
 
 
-class AlignSAE(StandardSAE):
+class AlignSAE(SavedWhole, StandardSAE):
     """z = [ReLU(pre)_slots ; TopK(ReLU(pre)_free)], linear decoder."""
 
     def encode(self, x: Tensor) -> Tensor:

@@ -1,6 +1,10 @@
 """What the SAEs of this room share: settings, passes over active latents only, the auxiliary loss of dead latents."""
 
+import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +14,33 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from torch import Tensor
 
 from saeutils import metrics
-from saeutils.kernels import sparse
+from saeutils.kernels import files, sparse
 
 
 def register(name: str, sae: type[TrainingSAE], cfg: type[TrainingSAEConfig]) -> None:
     """Tell SAELens of a training class, once: it refuses a second time, which a reloaded module would be."""
     if name not in registry.SAE_TRAINING_CLASS_REGISTRY:
         registry.register_sae_training_class(name, sae, cfg)
+
+
+class SavedWhole:
+    """Saving in SAELens' two files: a kill leaves the folder as it was, or without its settings, which SAELens does not load."""
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        return _saved(super().save_model, Path(path))
+
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        return _saved(super().save_inference_model, Path(path))
+
+
+def _saved(save: Callable[[str], tuple[Path, Path]], folder: Path) -> tuple[Path, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=files.WRITING) as tmp:
+        weights, settings = save(tmp)
+        (folder / settings.name).unlink(missing_ok=True)  # the old settings never stand beside the new weights
+        for file in (weights, settings):
+            os.replace(file, folder / file.name)
+    return folder / weights.name, folder / settings.name
 
 
 class RowsAsTheyAre:
@@ -45,7 +69,7 @@ class UnitDecoder(RowsAsTheyAre):
             raise ValueError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
 
 
-class Sparse:
+class Sparse(SavedWhole):
     """Passes over active latents only, and W_enc held column-major: what is found are its columns, gradients are born so."""
 
     def __init__(self, cfg: TrainingSAEConfig, use_error_term: bool = False):

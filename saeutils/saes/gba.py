@@ -23,7 +23,7 @@ from saeutils import metrics
 from saeutils.kernels import sparse
 from saeutils.kernels.door import door
 from saeutils.saes import initializers
-from saeutils.saes.base import many_active, register
+from saeutils.saes.base import SavedWhole, many_active, register
 
 
 def geometric(highest: float, lowest: float, groups: int) -> list[float]:
@@ -78,7 +78,7 @@ class GBATrainingSAEConfig(TrainingSAEConfig):
         return super().get_inference_sae_cfg_dict() | {"normalize_activations": "constant_norm_rescale"}
 
 
-class GBATrainingSAE(TrainingSAE[GBATrainingSAEConfig]):
+class GBATrainingSAE(SavedWhole, TrainingSAE[GBATrainingSAEConfig]):
     """x̂ = Σ_m a_m w_m φ(w_mᵀ(x − b_pre) + b_m) + b_pre with φ(y) = (y − b_m)·1[y > 0], ‖w_m‖ = 1; loss ½‖x̂ − x‖².
 
     φ gates without shrinking: the output is w_mᵀ(x − b_pre) wherever that exceeds −b_m, a JumpReLU of threshold −b_m.

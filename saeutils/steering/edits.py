@@ -77,11 +77,13 @@ def edit(hook: str, d: int, delta: Callable[[Tensor], Tensor], positions: Positi
             mask = mask & _selected(place, wanted, prompt)
         if not mask.any():
             return x
+        apply.met = True
         out = x.clone()
         out[mask] = (x[mask].float() + delta(x[mask].float())).to(x.dtype)
         return out
 
     name = hook
+    apply.wanted, apply.met = None if positions is AFTER_BOS else wanted, False
     return hook, apply
 
 
@@ -201,20 +203,25 @@ def edited(lm: TransformerBridge, edits: Iterable[Edit]):
     block, a plain ``lm(ids)`` elsewhere is untouched. (Widgets' callbacks run in threads of their own.)
 
     Raises:
-        ValueError: the model has no such hook point (before anything runs).
+        ValueError: the model has no such hook point (before anything runs); at the block's end: an edit at given positions
+            none of which came.
     """
     door(lm=lm)
     edits = list(edits)
+    given = [apply for _, apply in edits if getattr(apply, "wanted", None) is not None]
+    for apply in given:
+        apply.met = False
     if missing := sorted({name for name, _ in edits} - set(lm.hook_dict)):
         raise ValueError(f"{lm.cfg.model_name} has no hook points {missing}; it has blocks 0…{lm.cfg.n_layers - 1}")
     with _FIRST:
         lock = _LOCKS.setdefault(lm, threading.RLock())
-    owner, bos = threading.get_ident(), tokens.begin(lm)
+    owner, bos, read = threading.get_ident(), tokens.begin(lm), []
 
     def note(_model, args: tuple, kwargs: dict) -> None:
         if threading.get_ident() == owner:
             ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
             before = 0 if cache is None else cache.get_seq_length()
+            read.append(before + ids.shape[1] if ids is not None else 0)
             _NOW.call = _Call(before, not bos if ids is None or not bos else ids[:, 0] != bos[0])
 
     def bound(apply: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
@@ -224,6 +231,8 @@ def edited(lm: TransformerBridge, edits: Iterable[Edit]):
         told = lm.original_model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield lm
+            if read and (missed := [apply.wanted for apply in given if not apply.met]):
+                raise ValueError(f"positions={missed[0]} never came: the longest text had {max(read)} tokens, counted from 0")
         finally:
             told.remove()
             _NOW.call = _ALONE

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from scipy.optimize import linear_sum_assignment
 
+from saeutils.analysis import matching
 from saeutils.analysis.matching import compare, match, match_certified, pw_mcc, stability
 
 
@@ -123,3 +124,29 @@ def test_certified_matching_of_dictionaries_closes_its_gap():
     assert gap < 1e-2 and float(cosine.double().sum()) == pytest.approx(_best(A, B), abs=gap + 1e-3)
     with pytest.raises(ValueError, match="dictionaries of one shape"):
         match_certified(A, B[:-1])
+
+
+@pytest.mark.parametrize("n", [20, 1500], ids=["dense", "sparse"])
+def test_tf32_is_off_while_cosines_are_taken_and_back_afterwards(n, monkeypatch):
+    seen, product = [], torch.Tensor.__matmul__
+
+    def noted(a, b):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", noted)
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **kw: (seen.append(torch.backends.cuda.matmul.allow_tf32), addmm(*a, **kw))[1])
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    try:
+        match(*_dictionaries("random", n, n, 64, 0))
+        assert seen and not any(seen) and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_block_of_many_pairs_is_looked_at_in_parts(monkeypatch):
+    A, B = _dictionaries("structured", 1500, 1500, 64, 0)
+    whole = match(A, B)
+    monkeypatch.setattr(matching, "PART", 1000)
+    assert all(torch.equal(a, b) for a, b in zip(match(A, B), whole))

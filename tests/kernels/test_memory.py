@@ -6,6 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROUNDS = """
     import gc, os, sys
     sys.path.insert(0, {tests!r})
@@ -45,3 +47,38 @@ def test_memory_and_live_tensors_stay_flat(tmp_path):
     (before, tensors), (after, later) = (map(float, line.split()) for line in done.stdout.strip().splitlines()[-2:])
     assert after < 1.02 * before, f"resident memory grew from {before:.0f} to {after:.0f} MiB in twenty rounds"
     assert later <= 1.02 * tensors, f"live tensors grew from {tensors:.0f} to {later:.0f}"
+
+
+LIMITED = """
+    import json, resource, sys, torch
+    from pathlib import Path
+    from safetensors.torch import save_file
+    from saeutils.lm.activations import Activations
+
+    torch.set_num_threads(1)
+    folder, rows, shards = Path({folder!r}), 16_384, 32  # two groups of 16 shards, 64 MiB each in bfloat16
+    known = {{f"shard-{{i:05d}}.safetensors": {{"rows": rows, "sha256": ""}} for i in range(shards)}}
+    for name in known:
+        numbers = {{what: torch.arange(rows, dtype=torch.int32) for what in ("doc", "token", "position")}}
+        save_file({{"x": torch.randn(rows, 128).bfloat16(), **numbers}}, folder / name)
+    (folder / "meta.json").write_text(json.dumps({{"lm": "", "hook": "", "shards": known, "complete": True, "d": 128}}))
+    acts = Activations(folder, (1.0, 0.0, 0.0))
+    acts.count()
+    used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
+    group = 16 * rows * 128 * 2
+    most = used + int({share} * group)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    batches = acts.batches(4096)
+    for _ in range(2 * shards * rows // 4096):
+        next(batches)
+    print("all read")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit counts mapped memory on Linux alone")
+@pytest.mark.parametrize("share, message", [(1.5, "all read"), (0.9, "t allocate memory")])
+def test_rows_are_shuffled_within_one_group_and_a_half(tmp_path, share, message):
+    """What Colab's 12 GB have to hold at most: a group of 16 shards of 65,536 rows, 3.2 GB for d = 768 in float32."""
+    code = textwrap.dedent(LIMITED).format(folder=str(tmp_path), share=share)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert message in done.stdout + done.stderr

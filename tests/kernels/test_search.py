@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saeutils.kernels import search
+from saeutils.kernels import search, sparse
 
 
 def problem(batch, n, d, seed, spread):
@@ -100,3 +100,17 @@ def test_dots_are_dots():
     row, column = torch.randint(9, (50,)), torch.randint(20, (50,))
     torch.testing.assert_close(search.dots(x, W, row, column), (x[row] * W[column]).sum(1))
     assert len(search.dots(x, W, row[:0], column[:0])) == 0
+
+
+def test_dots_of_pairs_that_lie_apart_in_memory():
+    x, W = torch.randn(9, 7), torch.randn(20, 7)
+    pairs = torch.stack([torch.randint(9, (50,)), torch.randint(20, (50,))], dim=1)  # [pair, 2]: each column has stride 2
+    torch.testing.assert_close(search.dots(x, W, pairs[:, 0], pairs[:, 1]), (x[pairs[:, 0]] * W[pairs[:, 1]]).sum(1))
+
+
+def test_a_sparse_product_does_not_read_what_its_memory_held_before(monkeypatch):
+    row, column, entries = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 2]), torch.tensor([1.0, 2.0, 3.0])
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: torch.full(shape, float("nan")))
+    times = sparse.transposed(row, column, (2, 4))
+    dense = torch.zeros(2, 4).index_put((row, column), entries)
+    assert torch.equal(times(entries, torch.eye(2)), dense.T)

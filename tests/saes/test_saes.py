@@ -1,5 +1,8 @@
 """sparse_topk, sparse_batchtopk and sparse_standard against dense autograd and against SAELens' own."""
 
+import json
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +13,11 @@ from sae_lens.saes.sae import SAE, TrainStepInput
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
 
 from saeutils.saes import (
+    GBATrainingSAE,
+    GBATrainingSAEConfig,
     SparseBatchTopKTrainingSAE,
     SparseBatchTopKTrainingSAEConfig,
     SparseStandardTrainingSAE,
@@ -218,3 +224,30 @@ def test_settings_are_checked(kw, message):
         SparseTopKTrainingSAEConfig(d_in=8, d_sae=32, **kw)
     with pytest.raises(ValueError, match=message):
         SparseBatchTopKTrainingSAEConfig(d_in=8, d_sae=32, **kw)
+
+
+@pytest.mark.parametrize("save", ["save_model", "save_inference_model"])
+@pytest.mark.parametrize("make", [
+    lambda: SparseTopKTrainingSAE(SparseTopKTrainingSAEConfig(d_in=8, d_sae=16, k=2)),
+    lambda: GBATrainingSAE(GBATrainingSAEConfig(d_in=8, d_sae=20)),
+])  # fmt: skip
+def test_saving_over_another_is_whole_or_refused(tmp_path, monkeypatch, make, save):
+    (tmp_path / "card.json").write_text("{}")
+    first, second = make(), make()
+    getattr(first, save)(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"card.json", "cfg.json", "sae_weights.safetensors"}
+    before = load_file(tmp_path / "sae_weights.safetensors")
+    with monkeypatch.context() as m:  # the disk is full before the settings are written
+        m.setattr(json, "dump", lambda *a, **kw: (_ for _ in ()).throw(OSError("No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            getattr(second, save)(tmp_path)
+    after = load_file(tmp_path / "sae_weights.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before) and (tmp_path / "cfg.json").exists()
+    move, moved = os.replace, []
+    with monkeypatch.context() as m:  # killed between the two files
+        m.setattr(os, "replace", lambda a, b: moved.append(b) or (move(a, b) if len(moved) < 2 else (_ for _ in ()).throw(KeyboardInterrupt)))
+        with pytest.raises(KeyboardInterrupt):
+            getattr(second, save)(tmp_path)
+    assert not (tmp_path / "cfg.json").exists()  # SAELens refuses, rather than new weights with old settings
+    weights, settings_ = getattr(second, save)(tmp_path)
+    assert weights.exists() and settings_.exists() and len(list(tmp_path.iterdir())) == 3

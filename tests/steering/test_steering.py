@@ -219,3 +219,17 @@ def test_generation_refuses(kw, message):
     small = models.load_lm("bilingual-lm/step-0004000")
     with pytest.raises(ValueError, match=message):
         steering.generate(small, **{"prompts": ["The"], "tokens": 2, **kw})
+
+
+@pytest.mark.parametrize("positions", [[99], [-99], 99, slice(50, None), np.array([40, 41])])
+def test_positions_that_never_come_are_an_error(lm, positions):
+    edit = steering.add(HOOK, torch.randn(640), 3.0, positions)
+    with pytest.raises(ValueError, match=r"positions=.* never came: the longest text had 1\d tokens, counted from 0"):
+        _resid(lm, PROMPT, [edit])
+
+
+def test_positions_that_come_while_text_is_written_are_none(lm):
+    edit = steering.add(HOOK, torch.randn(640), 3.0, [6])
+    steering.generate(lm, ["he is"], [edit], tokens=6)  # three tokens of its own
+    with pytest.raises(ValueError, match=r"positions=\[6\] never came: the longest text had 4 tokens"):
+        steering.generate(lm, ["he is"], [edit], tokens=2)
