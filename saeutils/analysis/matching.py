@@ -266,6 +266,7 @@ def compare(a: SAE, b: SAE) -> pd.DataFrame:
 
 def stability(matched: pd.DataFrame) -> dict[str, float]:
     """Of a table from :func:`compare`: share with π = σ, mean matched decoder and encoder cosine, shares above .7 and .9."""
+    door(matched=matched)
     decoder = matched["decoder"]
     return {
         "pi = sigma": float(matched["same"].mean()),

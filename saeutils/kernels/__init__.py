@@ -6,6 +6,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "files": ["cache_dir", "data_dir", "key", "sha256_of", "whole"],
-        "jobs": ["caps", "finished", "run_jobs"],
+        "jobs": ["caps"],
     },
 )

@@ -7,18 +7,23 @@ belongs to the name. Where a rule depends on other arguments (a latent of this S
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 Rule = tuple[str, Callable[[object], bool]]  # what is expected, and whether a value is that
 
 
+def _tensor(v: object) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: what has not been loaded has made no tensor
+    return torch is not None and isinstance(v, torch.Tensor)
+
+
 def _number(v: object) -> bool:
-    if isinstance(v, Tensor) and not v.ndim:
+    if _tensor(v) and not v.ndim:
         v = v.item()
     return isinstance(v, (Real, np.number)) and not isinstance(v, (bool, np.bool_)) and math.isfinite(v)
 
@@ -39,12 +44,12 @@ def number(above: float = -math.inf, below: float = math.inf, least: bool = Fals
     return said, lambda v: _number(v) and (above < v or (least and above == v)) and v < below
 
 
-def _finite(v: Tensor | np.ndarray) -> bool:
-    return bool((torch if isinstance(v, Tensor) else np).isfinite(v).all())
+def _finite(v) -> bool:
+    return bool(v.isfinite().all() if _tensor(v) else np.isfinite(v).all())
 
 
 def _array(*ndim: int) -> Callable[[object], bool]:
-    return lambda v: isinstance(v, (Tensor, np.ndarray)) and v.ndim in ndim and len(v) > 0 and _finite(v)
+    return lambda v: (_tensor(v) or isinstance(v, np.ndarray)) and v.ndim in ndim and len(v) > 0 and _finite(v)
 
 
 def _texts(v: object) -> bool:
@@ -62,26 +67,33 @@ SAE = "an SAE of SAELens", _has("cfg", "encode", "W_dec")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("batch_size", "batch", "batch_tokens", "tokens", "samples", "steps", "iterations", "n_docs", "width", "layers", "heads", "n", "k", "rounds", "neighbours",
-         "max_k", "n_pairs", "groups", "d_sae", "held_out"), COUNT,
+         "max_k", "n_pairs", "groups", "d_sae", "held_out", "version", "dead_window", "dead_every", "log_every", "checkpoint_every", "every", "buffer", "n_tokens",
+         "max_docs", "free_k", "workers"), COUNT,
     ),
-    **dict.fromkeys(("seed", "token", "layer", "start", "answers", "dense_below"), SEED),
-    **dict.fromkeys(("lr", "unit", "tolerance", "l0", "highest", "lowest", "scale"), number(0)),
-    **dict.fromkeys(("strength", "value", "factor", "jump"), number()),
-    **dict.fromkeys(("temperature", "damage"), number(0, least=True)),
-    **dict.fromkeys(("share", "rate", "min_f1", "unseen"), number(0, 1)),
+    **dict.fromkeys(("seed", "token", "layer", "start", "answers", "dense_below", "median_rows", "warm_up", "decay", "i"), SEED),
+    **dict.fromkeys(("lr", "unit", "tolerance", "l0", "highest", "lowest", "scale", "target_l0"), number(0)),
+    **dict.fromkeys(("strength", "value", "factor", "jump", "bar", "low", "high"), number()),
+    **dict.fromkeys(("temperature", "damage", "aux_k", "down", "up", "silent", "bind", "decorrelate"), number(0, least=True)),
+    **dict.fromkeys(("share", "rate", "min_f1", "unseen", "dead_threshold"), number(0, 1)),
+    "dead_until": ("a number above 0, at most 1", lambda v: _number(v) and 0 < v <= 1),
+    "outlier": number(1),
     "context": whole(2),
     **dict.fromkeys(("x", "W_dec", "z", "h"), MATRIX),
     **dict.fromkeys(("direction", "directions"), ("a direction [d], or several [n, d], of finite numbers", _array(1, 2))),
-    "ids": ("token ids [batch, position]", lambda v: isinstance(v, Tensor) and v.ndim == 2 and v.numel() > 0 and not v.is_floating_point()),
-    **dict.fromkeys(("texts", "prompts"), TEXTS),
-    **dict.fromkeys(("prompt", "hook", "name"), ("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))),
+    "ids": ("token ids [batch, position]", lambda v: _tensor(v) and v.ndim == 2 and v.numel() > 0 and not v.is_floating_point()),
+    **dict.fromkeys(("texts", "prompts", "hooks", "slots"), TEXTS),
+    **dict.fromkeys(("prompt", "hook", "name", "run", "notebook"), ("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))),
     **dict.fromkeys(("sae", "a", "b"), SAE),
     "saes": ("SAEs, at least one", lambda v: isinstance(v, (Sequence, Mapping)) and len(v) > 0 and all(SAE[1](s) for s in (v.values() if isinstance(v, Mapping) else v))),
     "lm": ("a TransformerBridge (models.load_lm makes one)", _has("hook_dict", "tokenizer", "original_model")),
     "tokenizer": ("a tokenizer", _has("decode", "convert_ids_to_tokens")),
     "acts": ("what activations.collect gives", _has("meta", "batches", "all")),
     "table": ("what features.latent_table gives", _has("acts", "doc", "n_docs")),
-    **dict.fromkeys(("change", "decoder"), ("a function", callable)),
+    **dict.fromkeys(("change", "decoder", "work"), ("a function", callable)),
+    **dict.fromkeys(("path", "folder", "source"), ("a path", lambda v: isinstance(v, (str, Path)) and bool(str(v).strip()))),
+    **dict.fromkeys(("jobs", "histories"), ("names and what they stand for, at least one", lambda v: isinstance(v, Mapping) and len(v) > 0)),
+    "betas": ("two numbers from 0 to below 1", lambda v: isinstance(v, Sequence) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v)),
+    "matched": ("what matching.compare gives", lambda v: hasattr(v, "columns") and {"decoder", "encoder", "same"} <= set(v)),
 }  # fmt: skip
 
 
@@ -98,7 +110,7 @@ def door(**given: object) -> None:
 
 
 def _said(value: object) -> str:
-    if isinstance(value, (Tensor, np.ndarray)):
+    if _tensor(value) or isinstance(value, np.ndarray):
         return f"{type(value).__name__} {tuple(value.shape)}" + " with NaN or inf" * (not _finite(value))
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}… ({type(value).__name__})"

@@ -35,8 +35,9 @@ def cache_dir(*parts: str) -> Path:
     return folder
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal; read again only when its size or time has changed."""
+    path = Path(path)
     known = path.stat()
     return _sha256(path, known.st_size, known.st_mtime_ns, known.st_ino)
 

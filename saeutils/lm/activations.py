@@ -47,9 +47,12 @@ def collect(
     Raises:
         ValueError: unknown hook or layer, too little text, non-finite activations; what :mod:`saeutils.lm.corpus` refuses.
     """
-    door(hook=hook, seed=seed, context=context, batch_tokens=batch_tokens)
-    settings = dict(n_tokens=n_tokens, context=context, outlier=outlier, seed=seed, batch_tokens=batch_tokens)
-    corpus.require(lm, text, outlier, n_tokens)
+    door(hook=hook, seed=seed, context=context, batch_tokens=batch_tokens, outlier=outlier)
+    if n_tokens is not None:
+        door(n_tokens=n_tokens)
+        n_tokens = int(n_tokens)
+    settings = dict(n_tokens=n_tokens, context=int(context), outlier=float(outlier), seed=int(seed), batch_tokens=int(batch_tokens))
+    corpus.require(lm, text)
     folder = files.cache_dir("activations", corpus.key(lm, hook, text, load, **settings))
     with files.lock("activations", folder.name):
         acts = Activations(folder)
@@ -99,6 +102,9 @@ class Activations:
     """
 
     def __init__(self, folder: str | Path, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)):
+        door(folder=folder)
+        if not isinstance(fractions, tuple | list) or len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+            raise ValueError(f"fractions={fractions!r}: expected three shares, of train, validation and test, that add up to 1")
         self.folder, self.fractions = Path(folder), fractions
         self.meta = files.read_json(self.folder / "meta.json")
         self.d: int = self.meta.get("d", 0)

@@ -10,7 +10,7 @@ KINDS = ("none", "l2", "scale", "rms")
 
 def one_factor(normalise: str) -> bool:
     """Is it one factor for all rows? Raises ValueError for an unknown name."""
-    if normalise not in KINDS:
+    if not isinstance(normalise, str) or normalise not in KINDS:
         raise ValueError(f"unknown normalise={normalise!r}: none, l2, scale or rms")
     return normalise in ("scale", "rms")
 

@@ -11,20 +11,18 @@ from saeutils.lm.collector import parse_hook
 VERSION = 2  # of the rows: raise it when the same text, LM and options would give others (a golden test notices)
 
 
-def require(lm: str, text: Dataset, outlier: float, n_tokens: int | None = None) -> None:
+def require(lm: str, text: Dataset) -> None:
     """Raises:
     ValueError: a model where its name is expected, another collection than one ``datasets.Dataset`` with a column ``text``, an
-        empty one, an outlier bound that would drop half of all rows.
+        empty one.
     """
-    if not isinstance(lm, str):
+    if not isinstance(lm, str) or not lm.strip():
         raise ValueError(f"lm: give the model's name or folder, not a {type(lm).__name__}: it is loaded as far as the hook")
     if not isinstance(text, Dataset) or "text" not in text.column_names:
         fix = "choose a split, text['train']" if isinstance(text, dict) else "Dataset.from_dict({'text': [...]}) makes one"
         raise ValueError(f"text: a datasets.Dataset with a column 'text' is expected, not {type(text).__name__}: {fix}")
     if not len(text):
         raise ValueError("the text has no documents: give more of it")
-    if outlier <= 1 or (n_tokens is not None and n_tokens < 1):
-        raise ValueError(f"outlier={outlier} must be more than 1 median, n_tokens={n_tokens} at least 1")
 
 
 def key(lm: str, hook: str, text: Dataset, load: dict, **rest) -> str:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from saeutils.kernels import files, search
+from saeutils.kernels.door import door
 from saeutils.lm import archives, embedded, parts
 from saeutils.lm.tokens import bos_of
 
@@ -76,8 +77,10 @@ def _load(
     name: str, bos: bool, layers: int | None, dtype: torch.dtype | None, device: str | None, revision: str | None
 ) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """``bos``: the tokenizer shall put BOS in front by itself, as a bridge's does."""
-    if not isinstance(name, (str, Path)):
-        raise ValueError(f"name: give a model's name, folder or hub id, not a {type(name).__name__}")
+    if not isinstance(name, (str, Path)) or not str(name).strip():
+        raise ValueError(f"name={name!r}: give a model's name, folder or hub id")
+    if layers is not None:
+        door(layers=layers)
     name, device = str(name), device or default_device()
     dtype = dtype or default_dtype(device)
     source = located(name)
@@ -187,6 +190,8 @@ def checkpoints(source: str, wanted: Sequence[int] = ()) -> dict[int, dict[str, 
         ValueError: no checkpoints, or a wanted one is missing (those found are listed).
         ConnectionError: the hub is out of reach.
     """
+    door(source=source)
+    source = str(source)
     if Path(source).is_dir():
         named = {f.name: {"name": str(f)} for f in Path(source).iterdir() if (f / "config.json").exists()}
     elif source.count("/") != 1 or source[0] in "/.":
@@ -219,7 +224,7 @@ def load_lm(
     from transformer_lens.model_bridge import TransformerBridge
 
     # asked for at once where it is known to exist: the bridge would read the tokenizer a second time for it
-    model, tokenizer = _load(name, name in embedded.EMBEDDED, layers, dtype, device, revision)
+    model, tokenizer = _load(name, str(name) in embedded.EMBEDDED, layers, dtype, device, revision)
     if model.config is not model.config.get_text_config() and not importlib.util.find_spec("torchvision"):
         fix = "pip install torchvision in the version of this torch (TransformerLens would install any, and another torch)"
         raise ValueError(f"{name} also sees, and its bridge needs torchvision: {fix}")

@@ -31,12 +31,12 @@ def stream(
         ValueError: as :func:`collect`; a buffer too small for the batch; an unknown ``normalise``; less text for
             training than the pool holds.
     """
-    door(hook=hook, batch_size=batch_size, context=context, seed=seed, start=start)
+    door(hook=hook, batch_size=batch_size, context=context, outlier=outlier, seed=seed, buffer=buffer, start=start)
     shard = shard_tokens()
-    if buffer < 1 or batch_size > buffer * shard:
+    if batch_size > buffer * shard:
         raise ValueError(f"buffer={buffer} shards of {shard:,} rows must hold a batch of {batch_size:,}")
     batches.one_factor(normalise)
-    corpus.require(lm, text, outlier)
+    corpus.require(lm, text)
     origin = {"lm": lm, "hook": hook, "normalise": normalise, "factor": 1.0, "centred": centre}
     return batches.Batches(_streamed(text, load, origin, batch_size, context, outlier, seed, buffer, start), origin)
 

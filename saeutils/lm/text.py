@@ -9,6 +9,7 @@ import pandas as pd
 from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 
+from saeutils.kernels.door import door
 from saeutils.lm import archives
 
 
@@ -101,6 +102,9 @@ def load_text(name: str, max_docs: int | None = None) -> Dataset:
         ValueError: unknown name, or a hub source without ``max_docs``.
         ConnectionError: the hub is out of reach.
     """
+    door(name=name)
+    if max_docs is not None:
+        door(max_docs=max_docs)
     if name in HUB:
         if max_docs is None:
             raise ValueError(
@@ -114,7 +118,7 @@ def load_text(name: str, max_docs: int | None = None) -> Dataset:
     elif name in EMBEDDED:
         rows = EMBEDDED[name]()
     else:
-        raise ValueError(f"unknown text {name!r}; embedded: {sorted(EMBEDDED)} and labelled/TASK; hub: {sorted(HUB)}")
+        raise ValueError(f"unknown text name={name!r}; embedded: {sorted(EMBEDDED)} and labelled/TASK; hub: {sorted(HUB)}")
     found = [row for row in islice(rows, max_docs) if row["text"].strip()]
     if not found:
         raise ValueError(f"{name} gave no text")

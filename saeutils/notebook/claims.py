@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from saeutils.kernels import files
+from saeutils.kernels.door import door
 from saeutils.metrics import Interval
 from saeutils.notebook import scales, verdicts
 from saeutils.notebook.verdicts import Bar, at_least, at_most, between
@@ -55,6 +56,9 @@ class Ledger:
     """
 
     def __init__(self, notebook: str, scale: str):
+        door(notebook=notebook)
+        if scale not in scales.SCALES:
+            raise ValueError(f"scale={scale!r}: expected what scales.choose gives, one of {', '.join(scales.SCALES)}")
         self.folder, self.scale, self.run = figures_dir(notebook, scale), scale, scales.run()
         self.path = self.folder / "claims.csv"
         self.rows: list[dict] = []

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
+from saeutils.kernels.door import door
 from saeutils.kernels.jobs import caps
 
 # scale → the one that it differs from
@@ -31,8 +32,8 @@ def current(scale: str = "auto") -> str:
         ValueError: not one of the scales.
     """
     if scale != "auto":
-        if scale not in SCALES:
-            raise ValueError(f"unknown scale {scale!r}: one of {', '.join(SCALES)}, or 'auto'")
+        if not isinstance(scale, str) or scale not in SCALES:
+            raise ValueError(f"unknown scale={scale!r}: one of {', '.join(SCALES)}, or 'auto'")
         return scale
     if found := _variable("SAEUTILS_SCALE", f"one of {', '.join(SCALES)}", SCALES.__contains__):
         return found
@@ -56,8 +57,9 @@ def seed(i: int = 0) -> int:
     Raises:
         ValueError: i outside 0…999.
     """
-    if not 0 <= i < 1000:
-        raise ValueError(f"seed {i}: a run has seeds 0 to 999")
+    door(i=i)
+    if i >= 1000:
+        raise ValueError(f"i={i}: a run has seeds 0 to 999")
     return 1000 * run() + i
 
 
@@ -91,6 +93,8 @@ def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.Data
         ValueError: a scale that is none, in the table or in a variable.
     """
     name = current(scale)
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"table={table!r}: expected the settings of each scale, {', '.join(SCALES)}")
     if unknown := sorted(set(table) - set(SCALES)):
         raise ValueError(f"the table has scales {unknown}: one of {', '.join(SCALES)}")
     filled, shown = {}, {}

@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from saeutils import metrics
+from saeutils.kernels.door import door
 from saeutils.metrics import Interval
 
 YES, NO, CANNOT, EXPLORATORY = "yes", "no", "cannot tell", "exploratory"
@@ -53,12 +55,14 @@ class Bar:
 
 def at_least(bar: float) -> Bar:
     """The figure must be ``bar`` or more."""
-    return between(bar, math.inf)
+    door(bar=bar)
+    return between(float(bar), math.inf)
 
 
 def at_most(bar: float) -> Bar:
     """The figure must be ``bar`` or less."""
-    return between(-math.inf, bar)
+    door(bar=bar)
+    return between(-math.inf, float(bar))
 
 
 def between(low: float, high: float) -> Bar:
@@ -67,6 +71,8 @@ def between(low: float, high: float) -> Bar:
     Raises:
         ValueError: the wrong way round, NaN, or no bound at all.
     """
+    if not all(isinstance(b, (Real, np.number)) for b in (low, high)):
+        raise ValueError(f"low={low!r}, high={high!r}: expected two numbers")
     if not low < high or (math.isinf(low) and math.isinf(high)):
         raise ValueError(f"a bar from {low} to {high} is the wrong way round or empty: between(low, high) with low < high")
     return Bar(float(low), float(high))

@@ -5,8 +5,10 @@ goes on reconstructing.
 """
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -74,6 +76,11 @@ class AlignTrainingSAEConfig(SparseStandardTrainingSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        door(slots=self.slots, answers=self.answers, bind=self.bind, decorrelate=self.decorrelate)
+        if not isinstance(self.value, Real) or not 0 <= self.value < math.inf:
+            raise ValueError(f"value={self.value!r}: expected a weight of at least 0")
+        if self.free_k is not None:
+            door(free_k=self.free_k)
         if not 2 <= len(self.slots) < self.d_sae or len(set(self.slots)) < len(self.slots):
             raise ValueError(f"slots={self.slots}: give at least two different names, fewer than d_sae={self.d_sae}")
         if self.free_k is not None and not 0 < self.free_k <= self.d_sae - len(self.slots):

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ class UnitDecoder(RowsAsTheyAre):
         name = self.architecture()
         if self.rescale_acts_by_decoder_norm:
             raise ValueError(f"{name} keeps decoder rows at unit norm: set rescale_acts_by_decoder_norm=False")
-        if not 0 < self.k <= self.d_sae:
+        if isinstance(self.k, Tensor) and not self.k.ndim:
+            self.k = self.k.item()
+        if not isinstance(self.k, (Real, np.number)) or not 0 < self.k <= self.d_sae:
             raise ValueError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
 
 

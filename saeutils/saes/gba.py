@@ -4,6 +4,7 @@ Every latent has a target frequency, a ceiling. Its bias falls while it fires mo
 fires; weights learn from the reconstruction alone. One group: Bias Adaptation; K groups: GBA.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,13 +54,14 @@ class GBATrainingSAEConfig(TrainingSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        door(every=self.every, down=self.down, up=self.up, silent=self.silent)
+        if not isinstance(self.frequencies, Sequence) or isinstance(self.frequencies, str):
+            raise ValueError(f"frequencies={self.frequencies!r}: expected a falling list, see gba.geometric(highest, lowest, groups)")
         f = list(self.frequencies)
         if not f or not all(0 < p < 1 for p in f) or f != sorted(f, reverse=True):
             raise ValueError(
                 f"frequencies={f} must fall, all between 0 and 1: see gba.geometric(highest, lowest, groups)"
             )
-        if self.every < 1 or min(self.down, self.up, self.silent) < 0:
-            raise ValueError(f"every={self.every} must be at least 1; down, up and silent not negative")
         if self.d_sae % len(f):
             raise ValueError(f"{len(f)} groups do not divide d_sae={self.d_sae}: take a multiple of {len(f)}")
         if self.normalize_activations != "none" or not self.apply_b_dec_to_input:

@@ -7,6 +7,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from saeutils import metrics
+from saeutils.kernels.door import door
 from saeutils.saes.base import RowsAsTheyAre, Sparse, many_active, register
 
 
@@ -25,7 +26,8 @@ class SparseJumpReLUTrainingSAEConfig(RowsAsTheyAre, JumpReLUTrainingSAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target_l0 is None or not 0 < self.target_l0 < self.d_sae:
+        door(target_l0=self.target_l0)
+        if self.target_l0 >= self.d_sae:
             raise ValueError(f"target_l0={self.target_l0} must lie between 0 and d_sae={self.d_sae}")
 
     @classmethod

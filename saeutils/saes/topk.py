@@ -14,10 +14,10 @@ class SparseTopKTrainingSAEConfig(UnitDecoder, TopKTrainingSAEConfig):
     """SAELens' TopK settings; decoder rows are expected at unit norm (``train`` keeps them there), not rescaled."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.k != int(self.k):
             raise ValueError(f"k={self.k} must be a whole number")
         self.k = int(self.k)
-        super().__post_init__()
 
     @classmethod
     def architecture(cls) -> str:

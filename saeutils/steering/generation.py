@@ -88,6 +88,7 @@ def stepwise(
     Samples by inverting the cumulative distribution, one uniform number a row: over Gemma's 262k tokens this takes half the
     time of ``lm.generate``, which draws one number a token of the vocabulary. Between two tokens the caller may stop.
     """
+    door(lm=lm, ids=ids, temperature=temperature)
     cache = None
     while True:
         with torch.no_grad():

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "loop": ["train"],
         "resampling": ["resample_anthropic", "resample_post"],
+        "sweeps": ["finished", "sweep"],
         "stages": ["fit", "labelled", "wake"],
     },
 )

@@ -1,26 +1,31 @@
 """What a training run is refused for before it starts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 
+from saeutils.kernels.door import door
+
 DEAD = ("none", "post", "anthropic", "aux_k")
 
 
-def require(saes: dict[str, TrainingSAE], batches: object, steps: float, dead: str, every: dict[str, int]) -> None:
+def require(saes: dict[str, TrainingSAE], batches: object, dead: str, **options) -> None:
     """Options of :func:`saeutils.training.train` that cannot be.
 
     Raises:
         ValueError: it names the argument and the fix.
     """
-    if dead not in DEAD:
+    door(**{name: value for name, value in options.items() if name not in ("warm_up", "decay") or value is not None})
+    if not isinstance(dead, str) or dead not in DEAD:
         raise ValueError(f"unknown dead={dead!r}: one of {DEAD}")
     if not saes:
         raise ValueError("no SAE to train: give at least one")
-    if steps != int(steps) or steps < 1 or min(every.values()) < 1:
-        raise ValueError(f"steps={steps} and {every} must be whole numbers of at least 1")
+    if not callable(batches) and not isinstance(batches, Iterable):
+        raise ValueError(f"batches={batches!r}: expected tensors [batch, d_in], or a function start=step → their iterator")
+    for sae in saes.values():
+        door(sae=sae)
     if hasattr(batches, "batches"):
         raise ValueError("batches: give the method, functools.partial(acts.batches, 4096), not the activations")
     for sae in saes.values():
@@ -37,8 +42,9 @@ def first(stream: Iterator[Tensor], saes: dict[str, TrainingSAE]) -> Tensor:
         ValueError: there is none, of another width, or with NaN or inf.
     """
     first = next(stream, None)
-    if first is None:
-        raise ValueError("batches is empty")
+    if not isinstance(first, Tensor):
+        found = "is empty" if first is None else f"gives a {type(first).__name__}"
+        raise ValueError(f"batches {found}: expected tensors [batch, d_in]")
     for sae in saes.values():
         if first.ndim != 2 or first.shape[1] != sae.cfg.d_in:
             raise ValueError(

@@ -224,13 +224,15 @@ def train(
             checkpoint of other options, another start or other rows.
     """
     saes = sae if isinstance(sae, dict) else {"": sae}
-    checks.require(saes, batches, steps, dead, {"log_every": log_every, "checkpoint_every": checkpoint_every})
-    steps = int(steps)
+    checks.require(
+        saes, batches, dead, steps=steps, lr=lr, betas=betas, warm_up=warm_up, decay=decay, median_rows=median_rows, dead_window=dead_window, dead_every=dead_every,
+        dead_until=dead_until, dead_threshold=dead_threshold, aux_k=aux_k, log_every=log_every, checkpoint_every=checkpoint_every, seed=seed,
+    )  # fmt: skip
+    steps, seed, size = int(steps), int(seed), WINDOW if orders else 1  # an order of its own is drawn for whole windows
     folders = {name: Path(checkpoint) / name for name in saes} if checkpoint else {}
     with checkpoints.alone(folders):
         found = checkpoints.newest_of_all(folders)
         start = checkpoints.step_of(next(iter(found.values()))) if found else 0
-        size = WINDOW if orders else 1  # an order of its own is drawn for whole windows
         at = max(0, start - 1) // size * size  # the last batch that a checkpoint saw is read again: is it the same?
         made = batches(start=at) if callable(batches) else batches
         stream = iter(made) if callable(batches) else islice(iter(made), at, None)

@@ -103,7 +103,10 @@ def train_lm(
     Raises:
         ValueError: the texts fill less than one batch.
     """
-    door(texts=texts, width=width, layers=layers, heads=heads, context=context, batch=batch, lr=lr, seed=seed)
+    door(folder=folder, texts=texts, tokenizer=tokenizer, width=width, layers=layers, heads=heads, context=context, batch=batch, lr=lr, seed=seed)
+    if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps or min(steps) < 0:
+        raise ValueError(f"steps={steps!r}: expected a list of the steps to keep, 0 for the random weights")
+    folder, width, layers, heads, context = Path(folder), int(width), int(layers), int(heads), int(context)
     with files.lock("tokenizer", str(folder.resolve())), files.whole_folder(folder / "tokenizer") as fresh:
         if fresh:
             tokenizer.save_pretrained(fresh)  # trained again it may differ, as ties in counts are broken by chance

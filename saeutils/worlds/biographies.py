@@ -193,6 +193,7 @@ def answers(
     batch_size: int = 256,
 ) -> list[str]:  # fmt: skip
     """Greedy answers, up to the end token; row i of ``delta`` [n, d] is added at ``hook`` on prompt i's last token."""
+    door(lm=lm, tokens=tokens, batch_size=batch_size)
     require_prompts(prompts)
     ids = [encode(lm, p)[0] for p in prompts]
     out, last = [""] * len(ids), ends(lm)
@@ -210,6 +211,7 @@ def last_states(
     lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256
 ) -> dict[str, Tensor]:
     """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
+    door(lm=lm, hooks=hooks, batch_size=batch_size)
     require_prompts(prompts)
     ids = [encode(lm, p)[0] for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

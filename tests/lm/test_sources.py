@@ -66,7 +66,7 @@ def test_embedded_text(name, count, columns):
 
 
 def test_text_errors():
-    with pytest.raises(ValueError, match="unknown text 'x'; embedded:"):
+    with pytest.raises(ValueError, match="unknown text name='x'; embedded:"):
         text.load_text("x")
     with pytest.raises(ValueError, match=r"load_text\('pile', max_docs=10_000\)"):
         text.load_text("pile")

@@ -16,6 +16,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from saeutils.analysis import features, language
 from saeutils.kernels import files
+from saeutils.kernels.door import door
 from saeutils.notebook import plots
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -33,6 +34,7 @@ def _wide(text: str, **layout) -> dict:
 
 def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, latent: int) -> w.Widget:
     """Search or pick a latent; see its strongest texts shaded, its histogram, what it promotes and suppresses."""
+    door(lm=lm, sae=sae, table=table)
     search = w.Text(placeholder="a word, then Enter", continuous_update=False, **_wide("promotes word"))
     found = w.Dropdown(options=[("—", -1)], **_wide("found"))
     number = w.BoundedIntText(value=latent, min=0, max=sae.cfg.d_sae - 1, **_wide("latent"))
@@ -69,6 +71,7 @@ def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, l
 
 def history_panel(histories: dict[str, pd.DataFrame]) -> w.Widget:
     """Choose runs and a column of their training histories; see the curves."""
+    door(histories=histories)
     columns = [c for c in next(iter(histories.values())).columns if c not in ("step", "samples")]
     runs = w.SelectMultiple(options=list(histories), value=tuple(histories), rows=6, **_wide("runs"))
     column = w.Dropdown(options=columns, value="fvu" if "fvu" in columns else columns[0], **_wide("column"))

@@ -1,0 +1,118 @@
+"""Sweeps: independent jobs (arms × seeds × settings) side by side, which go on wherever they were stopped."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from saeutils.kernels import files, parallel
+from saeutils.kernels.door import door
+
+MINUTES = 20  # a longer job loses too much when it is stopped
+
+
+def sweep(
+    run: str, jobs: Mapping[str, dict], work: Callable[..., Any], *, workers: int | None = None, ray: str | None = None,
+    version: int = 1, progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Results of ``work(folder=…, **settings)`` for every job, in the order of the jobs; what was done before is read, not done again.
+
+    A job's state lies in ``data/cache/runs/RUN/NAME-KEY``, KEY standing for its settings and ``version``; its result is
+    ``result.json`` there, written whole when the job is done. ``work`` may keep its own checkpoints in ``folder`` and so go
+    on inside a job. SAEs that share rows belong into one job, where they train in lock-step (``train`` takes several).
+
+    Jobs run in processes of joblib, each pinned to a GPU of its own, or to its share of the cores with as many threads. With
+    ``ray`` they run on that cluster, on a GPU or a CPU each, and jobs of a node that dies are done again on another.
+
+    Args:
+        jobs: name → settings, as JSON knows them.
+        work: returns what JSON can hold (numbers, strings, lists, dicts); anything larger it leaves in ``folder``.
+        workers: how many at a time. Default: one for each GPU, else for each physical core; all of a cluster. 1: this process,
+            with all its threads.
+        ray: address of a Ray cluster, ``HOST:PORT`` or ``auto`` (the one that this machine belongs to), or ``local``, a new one.
+        version: raise it when ``work`` changes what it computes.
+
+    Raises:
+        ValueError: no jobs, workers below 1, no cluster at that address, a cache that cannot be written (all before any work).
+        RuntimeError: jobs failed or their process died; the others have finished, and a second call does what is missing.
+    """
+    door(run=run, jobs=jobs, work=work, version=version)
+    if workers is not None:
+        door(workers=workers)
+    here = parallel.require_cluster(ray) if ray else parallel.workers_here()
+    folders = {name: _folder(run, name, settings, version) for name, settings in jobs.items()}
+    done = {name: found for name, folder in folders.items() if (found := _read(folder)) is not None}
+    left = {name: {"work": work, "folder": folders[name], "settings": jobs[name]} for name in jobs if name not in done}
+    if left and progress:
+        print(_state(run, list(done.values()), len(left)))
+    failed = {}
+    with tqdm(total=len(left), desc=run, unit=" jobs", disable=not progress or not left) as bar:
+        for name, outcome in parallel.each(_timed, left, min(workers or here, max(1, len(left))), ray):
+            if outcome.failed:
+                failed[name] = outcome.failed
+            else:
+                done[name] = outcome.result
+                _write(folders[name], done[name])
+                if done[name]["seconds"] > 60 * MINUTES:
+                    print(f"job {name} took {done[name]['seconds'] / 60:.0f} min: make two of it, a stopped one starts again")
+            bar.update()
+    if len(done) < len(jobs):
+        raise RuntimeError(_report(jobs, done, failed))
+    return {name: done[name]["result"] for name in jobs}
+
+
+def finished(run: str, jobs: Mapping[str, dict], *, version: int = 1) -> dict[str, bool]:
+    """Which jobs of :func:`sweep` have left their result."""
+    door(run=run, jobs=jobs, version=version)
+    return {name: _read(_folder(run, name, settings, version)) is not None for name, settings in jobs.items()}
+
+
+def _timed(work: Callable[..., Any], folder: Path, settings: dict) -> dict:
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    result = work(folder=folder, **settings)
+    try:
+        json.dumps(result)
+    except TypeError as error:
+        raise ValueError(f"the job returned what JSON cannot hold ({error}): return numbers, lists, dicts") from error
+    return {"result": result, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _report(jobs: Mapping[str, dict], done: dict, failed: dict[str, str]) -> str:
+    parts = [f"{name} {json.dumps(jobs[name], default=str)}:\n{text.strip()}" for name, text in failed.items()]
+    if lost := [name for name in jobs if name not in done and name not in failed]:
+        parts.append(f"{', '.join(lost)}: the process died, as it does when memory runs out: fewer workers")
+    return f"{len(jobs) - len(done)} of {len(jobs)} jobs have no result; call sweep again and it does only those\n" + "\n".join(parts)
+
+
+def _folder(run: str, name: str, settings: dict, version: int) -> Path:
+    safe = re.sub(r"[^\w.-]+", "-", name)
+    return files.cache_dir("runs", run) / f"{safe}-{files.key(name, settings, version)}"
+
+
+def _read(folder: Path) -> dict | None:
+    try:
+        found = json.loads((folder / "result.json").read_text())
+        return found if {"result", "seconds"} <= set(found) else None
+    except FileNotFoundError:
+        return None
+    except ValueError:  # of another program, or a disk that lost it: the job is done again
+        print(f"{folder / 'result.json'} is damaged: doing this job again")
+        return None
+
+
+def _write(folder: Path, found: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)  # on a cluster the job's own lies on another machine
+    with files.whole(folder / "result.json") as tmp:
+        tmp.write_text(json.dumps(found))
+
+
+def _state(run: str, done: list[dict], left: int) -> str:
+    text = f"{run}: {len(done)} of {len(done) + left} jobs done, {left} left"
+    if done:
+        text += f", about {left * sum(d['seconds'] for d in done) / len(done) / 60:.0f} min"
+    return text
