@@ -1,6 +1,5 @@
 """Activations of one hook point over a corpus: collected once, cached on disk, read as shuffled batches."""
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -8,14 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from saeutils.kernels import files
 from saeutils.kernels.door import door
-from saeutils.lm import batches, corpus
-from saeutils.lm.collector import Collector, pools, tokenize
+from saeutils.lm import batches, corpus, shards
 
 SPLITS = ("train", "validation", "test")
 
@@ -30,11 +27,13 @@ def collect(
     outlier: float = 10.0,
     seed: int = 0,
     batch_tokens: int = 2048,
+    workers: int = 1,
     **load,
 ) -> "Activations":
     """Activations at ``hook`` over ``text``, from the cache where all inputs are the same.
 
-    The LM is loaded only for shards that are missing or damaged, so an interrupted run goes on where it stopped.
+    The LM is loaded only for shards that are missing or damaged, so an interrupted run goes on where it stopped. Processes
+    that collect the same at once share the work, also those of other machines whose cache is the same folder.
 
     Args:
         lm: model name, as :func:`saeutils.lm.models.load_hf` takes it; ``load`` (``dtype``, ``device``, ``revision``) too.
@@ -43,56 +42,27 @@ def collect(
         n_tokens: how many tokens to run (BOS not counted; outliers are dropped afterwards); None: all.
         context: window length in tokens, BOS included.
         outlier: drop rows with a norm above this many medians.
+        workers: processes side by side, each with its GPU or its share of the cores, and with the LM in its memory; the rows
+            are the same.
 
     Raises:
         ValueError: unknown hook or layer, too little text, non-finite activations; what :mod:`saeutils.lm.corpus` refuses.
     """
-    door(hook=hook, seed=seed, context=context, batch_tokens=batch_tokens, outlier=outlier)
+    door(hook=hook, seed=seed, context=context, batch_tokens=batch_tokens, outlier=outlier, workers=workers)
     if n_tokens is not None:
         door(n_tokens=n_tokens)
         n_tokens = int(n_tokens)
     settings = dict(n_tokens=n_tokens, context=int(context), outlier=float(outlier), seed=int(seed), batch_tokens=int(batch_tokens))
     corpus.require(lm, text)
     folder = files.cache_dir("activations", corpus.key(lm, hook, text, load, **settings))
-    with files.lock("activations", folder.name):
-        acts = Activations(folder)
-        damaged = acts.damaged()  # hashes every shard: once
-        if not acts.meta.get("complete") or damaged:
-            _fill(acts, damaged, lm, hook, text, settings, load)
-        return Activations(folder)
-
-
-def _fill(
-    acts: "Activations", damaged: set[str], lm: str, hook: str, text: Dataset, settings: dict, load: dict
-) -> None:
-    """Collect the shards that are missing or damaged; ``settings`` are those of :func:`collect`."""
-    folder, seed = acts.folder, settings["seed"]
-    files.sweep(folder)
-    collector = Collector(lm, hook, settings["batch_tokens"], **load)
-    windows = tokenize(text, collector.tokenizer, settings["context"], settings["n_tokens"], seed)
-    cut = pools(windows, seed)
-    meta = {"lm": lm, "hook": hook, **settings, "documents": len(text), "shards": acts.meta.get("shards", {})}
-    missing = damaged | {n for n in map(_shard, range(len(cut))) if n not in meta["shards"]}
-    done = [sum(len(windows.tokens[i]) for i in p) for n, p in enumerate(cut) if _shard(n) not in missing]
-    with tqdm(total=sum(map(len, windows.tokens)), initial=sum(done), unit=" tok", unit_scale=True, desc=hook) as bar:
-        for n, pool in enumerate(cut):
-            if (name := _shard(n)) in missing:
-                rows = collector.rows(pool, windows, settings["outlier"])
-                with files.whole(folder / name) as tmp:
-                    save_file(rows, tmp)
-                meta["shards"][name] = {"rows": len(rows["x"]), "sha256": files.sha256_of(folder / name)}
-                _write_json(folder / "meta.json", {**meta, "d": rows["x"].shape[1]})
-                bar.update(sum(len(windows.tokens[i]) for i in pool))
-    _write_json(folder / "meta.json", {**Activations(folder).meta, "complete": True})
-
-
-def _shard(n: int) -> str:
-    return f"shard-{n:05d}.safetensors"
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with files.whole(path) as tmp:
-        tmp.write_text(json.dumps(content, indent=1))
+    acts = Activations(folder)
+    damaged = acts.damaged()  # hashes every shard: once
+    if damaged:  # before anybody makes them again
+        whole = {name: shard for name, shard in acts.meta["shards"].items() if name not in damaged}
+        shards.write_meta(folder, {**acts.meta, "shards": whole, "complete": False})
+    if not acts.meta.get("complete") or damaged:
+        shards.fill(folder, lm, hook, text, settings, load, int(workers))
+    return Activations(folder)
 
 
 class Activations:

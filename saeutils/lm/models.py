@@ -103,6 +103,12 @@ def _load(
     return model.to(device).eval(), tokenizer
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of :func:`load_hf` without its model."""
+    with _hub_errors(name), embedded.quiet():
+        return _tokenizer(located(name), revision, False)
+
+
 def _tokenizer(source: str, revision: str | None, bos: bool) -> transformers.PreTrainedTokenizerBase:
     """Read once a process (Gemma's takes three seconds) and copied; what a bridge would change, as it lacks tokens, is not shared."""
     folder = Path(source)

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 
 from saeutils.kernels import files
-from saeutils.lm import activations, models
+from saeutils.lm import activations, models, shards
 from saeutils.saes import SparseTopKTrainingSAE, SparseTopKTrainingSAEConfig
 from saeutils.training import train
 from saeutils.worlds import bilingual
@@ -150,7 +150,7 @@ def test_a_full_disk(name, right, lm, tmp_path, monkeypatch):
         return write
 
     expected = right(name)
-    for module in (activations, __import__("saeutils.lm.pretraining").lm.pretraining):
+    for module in (shards, __import__("saeutils.lm.pretraining").lm.pretraining):
         monkeypatch.setattr(module, "save_file", failing("safe"))
     monkeypatch.setattr(torch, "save", failing("torch"))
     monkeypatch.setattr(Path, "write_text", failing("text"))
