@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saeutils.kernels import search
+from saeutils.kernels import ranks, search
 
 DENSE_ABOVE = 1 / 8  # share of active latents above which dense products are quicker than sparse ones
 
@@ -50,7 +50,7 @@ def coo(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> 
 class Active(torch.autograd.Function):
     """x̂ = W_decᵀ·JumpReLU_θ(W_encᵀ(x − s·b_dec) + b_enc) + b_dec and its mean L0; θ by straight-through windows.
 
-    ``k``: of each row's entries above θ only so many stay, the largest (TopK); ``keep``: of the batch's (BatchTopK).
+    ``k``: of each row's entries above θ only so many stay, the largest (TopK); ``keep``: of the batch's, all processes' (BatchTopK).
     Returns x̂, L0, and of the entries that are active or inside the window below θ, row by row, value, row and latent.
     """
 
@@ -59,8 +59,8 @@ class Active(torch.autograd.Function):
         sae_in = x - b_dec if shift else x  # [batch, d_in]
         found = search.passing(sae_in, W_enc.T, b_enc, floor=threshold - bandwidth / 2, k=k)
         row, column, pre = (torch.cat(p) for p in zip(*found))  # [entries]
-        if keep is not None and keep < len(pre):
-            kept = pre.topk(keep, sorted=False).indices.sort().values  # still row by row
+        if keep is not None and (keep < len(pre) or ranks.world() > 1):
+            kept = ranks.largest(pre, keep)  # still row by row
             row, column, pre = row[kept], column[kept], pre[kept]
         active = pre > threshold[column]
         values = pre * active

@@ -8,7 +8,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from saeutils import metrics
-from saeutils.kernels import sparse
+from saeutils.kernels import ranks, sparse
 from saeutils.saes.base import Sparse, UnitDecoder, aux_loss, register
 
 
@@ -33,18 +33,19 @@ class SparseBatchTopKTrainingSAE(Sparse, BatchTopKTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """As in SAELens; sparse while few latents are active: then ``feature_acts`` is a sparse COO tensor."""
         x, cfg = step_input.sae_in.to(self.dtype), self.cfg
-        if cfg.k / cfg.d_sae > sparse.DENSE_ABOVE:
+        if cfg.k / cfg.d_sae > sparse.DENSE_ABOVE and ranks.world() == 1:
             return super().training_forward_pass(step_input)
-        keep, guess = int(cfg.k * len(x)), 0.9 * self.level or self._first_guess(x)
+        keep, guess = int(cfg.k * len(x) * ranks.world()), 0.9 * self.level or ranks.least(self._first_guess(x))
         for lower in (guess, guess / 2, guess / 4, 0.0):
             sae_out, _, values, acts = self.sparse_forward(x, self.b_enc.new_full((cfg.d_sae,), lower), keep=keep)
-            if len(values) >= keep or not lower:
+            if not lower or float(ranks.total(x.new_tensor(len(values)))) >= keep:
                 break
         values = values.detach()
-        self.level = float(values.min()) if len(values) else 0.0
+        least = ranks.least(float(values.min()) if len(values) else float("inf"))
+        self.level = least if least < float("inf") else 0.0
         mse = metrics.squared_error(sae_out, x)
         aux = aux_loss(self, x, sae_out, step_input.dead_neuron_mask, self.cfg.aux_loss_coefficient)
-        self.update_topk_threshold(values)
+        self.update_topk_threshold(values.new_tensor([self.level]))
         losses = {"mse_loss": mse, "auxiliary_reconstruction_loss": aux}
         shown = {"topk_threshold": self.topk_threshold}
         return TrainStepOutput(x, sae_out, acts, values, mse + aux, losses, shown)

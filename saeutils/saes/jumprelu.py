@@ -7,6 +7,7 @@ from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from torch import Tensor
 
 from saeutils import metrics
+from saeutils.kernels import ranks
 from saeutils.kernels.door import door
 from saeutils.saes.base import RowsAsTheyAre, Sparse, many_active, register
 
@@ -65,6 +66,7 @@ class SparseJumpReLUTrainingSAE(Sparse, JumpReLUTrainingSAE):
         return {"l0_loss": self._l0_loss(l0, step_input)}
 
     def _l0_loss(self, l0: Tensor, step_input: TrainStepInput) -> Tensor:
+        l0 = l0 + (ranks.mean(l0) - l0).detach()  # of all processes' rows, with the gradient of these
         return step_input.coefficients["l0"] * (l0 / self.cfg.target_l0 - 1).pow(2)
 
 

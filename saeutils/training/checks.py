@@ -1,6 +1,7 @@
 """What a training run is refused for before it starts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from sae_lens.saes.sae import TrainingSAE
@@ -9,6 +10,25 @@ from torch import Tensor
 from saeutils.kernels.door import door
 
 DEAD = ("none", "post", "anthropic", "aux_k")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`saeutils.training.train` was asked for, as its arguments name it."""
+
+    steps: int = 1
+    unit_norm: bool = True
+    median_rows: int = 16_384
+    dead: str = "none"
+    dead_every: int = 500
+    dead_until: float = 0.8
+    dead_threshold: float = 1e-5
+    aux_k: float = 1 / 32
+    log_every: int = 10
+    checkpoint_every: int = 500
+    callback: Callable[[int, TrainingSAE, dict], None] | None = None
+    seed: int = 0
+    order: int | None = None  # seed of an order of its own
 
 
 def require(saes: dict[str, TrainingSAE], batches: object, dead: str, **options) -> None:
@@ -29,7 +49,7 @@ def require(saes: dict[str, TrainingSAE], batches: object, dead: str, **options)
     if hasattr(batches, "batches"):
         raise ValueError("batches: give the method, functools.partial(acts.batches, 4096), not the activations")
     for sae in saes.values():
-        if sae.dtype != torch.float32:
+        if sae.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the SAE is in {sae.dtype}, in which Adam's small steps are lost: build it with dtype='float32'")
         if torch.is_autocast_enabled(sae.device.type):
             raise ValueError("train inside torch.autocast would compute in another precision than it says: leave the block")

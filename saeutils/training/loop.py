@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -16,36 +16,18 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saeutils.kernels import memory, optim, traces
+from saeutils.kernels import memory, optim, ranks, traces
 from saeutils.lm import provenance
 from saeutils.metrics import fvu, orthogonality
 from saeutils.saes import initializers
 from saeutils.saes.base import aux_loss
-from saeutils.training import checkpoints, checks
+from saeutils.training import checkpoints, checks, together
+from saeutils.training.checks import Options
 from saeutils.training.resampling import RESAMPLERS, reset_adam
 
 VERSION = 1  # of the steps: raise it when the same run would give another SAE
 RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions
 WINDOW = 8  # batches among which ``orders`` shuffles rows
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What :func:`train` was asked for, as its arguments name it."""
-
-    steps: int = 1
-    unit_norm: bool = True
-    median_rows: int = 16_384
-    dead: str = "none"
-    dead_every: int = 500
-    dead_until: float = 0.8
-    dead_threshold: float = 1e-5
-    aux_k: float = 1 / 32
-    log_every: int = 10
-    checkpoint_every: int = 500
-    callback: Callable[[int, TrainingSAE, dict], None] | None = None
-    seed: int = 0
-    order: int | None = None  # seed of an order of its own
 
 
 class _Trainer(SAETrainer):
@@ -54,7 +36,7 @@ class _Trainer(SAETrainer):
     start: dict[str, list[float]]  # traces of the weights it began with, where there are checkpoints
     known: list[float]  # and of the last batch before the one that it went on from
 
-    def __init__(self, name: str, cfg: SAETrainerConfig, sae: TrainingSAE, options: _Options, folder: Path | None):
+    def __init__(self, name: str, cfg: SAETrainerConfig, sae: TrainingSAE, options: Options, folder: Path | None):
         memory.reuse()
         super().__init__(cfg, sae, iter(()))  # batches are handed to advance() one by one
         self.name, self.options, self.folder = name, options, folder
@@ -80,15 +62,18 @@ class _Trainer(SAETrainer):
         o = self.options
         if o.dead in RESAMPLERS:
             self.recent.append(batch)
-        output = self.step(batch)
+        with together.unchanged_if_it_fails(self):
+            output = self.step(ranks.part(batch))
         self.n_training_steps = done = self.n_training_steps + 1
+        self.n_training_samples = done * len(batch)
         if o.dead in RESAMPLERS and done % o.dead_every == 0 and done <= o.dead_until * o.steps:
             self._resample()
         if done % o.log_every == 0 or done in (1, o.steps):
             self.rows.append(self._row(output))
             if o.callback:
                 o.callback(done, self.sae, self.rows[-1])
-        if self.folder and (done % o.checkpoint_every == 0 or done == o.steps):
+        self.last = batch
+        if self.folder and (done % o.checkpoint_every == 0 or done == o.steps) and ranks.rank() == 0:
             checkpoints.save(self.folder, self, batch)
 
     def _resample(self) -> None:
@@ -105,14 +90,13 @@ class _Trainer(SAETrainer):
     def _row(self, output: TrainStepOutput) -> dict:
         x, acts = output.sae_in, output.feature_acts
         active = (acts._values() > 0).sum() if acts.is_sparse else (acts != 0).sum()
+        here = {"loss": output.loss, **output.losses, "fvu": fvu(x, output.sae_out), "l0": float(active) / len(x)}
+        measured = ranks.mean(torch.tensor([float(value) for value in here.values()], dtype=torch.double, device=x.device))
         return {
             **({"sae": self.name} if self.name else {}),
             "step": self.n_training_steps,
             "samples": self.n_training_samples,
-            "loss": float(output.loss.detach()),
-            **{name: float(value) for name, value in output.losses.items()},
-            "fvu": fvu(x, output.sae_out),
-            "l0": float(active) / len(x),
+            **dict(zip(here, measured.tolist())),
             "dead": float(self.dead_neurons.float().mean()),
             "orthogonality": orthogonality(self.sae.W_dec, rows=512)["mean"],
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -139,8 +123,9 @@ class _Trainer(SAETrainer):
             raise ValueError(
                 f"loss is {output.loss.item()} at step {self.n_training_steps}: NaN or inf in the activations, or lr too high"
             )
-        self._count(output.feature_acts)
         output.loss.backward()
+        ranks.average_gradients(sae.parameters())
+        self._count(output.feature_acts)
         if self.options.unit_norm:
             optim.remove_parallel_gradient(sae.W_dec)
         norm = torch.stack([p.grad.norm() for p in sae.parameters() if p.grad is not None]).norm()
@@ -162,12 +147,13 @@ class _Trainer(SAETrainer):
             fired = torch.bincount(indices, (values > 0).double(), minlength=acts.shape[1]).float()
         else:
             fired = (acts != 0).sum(0).float()
+        fired = ranks.total(fired)
         self.n_forward_passes_since_fired += 1
         self.n_forward_passes_since_fired[fired > 0] = 0
         self.act_freq_scores += fired
-        self.n_frac_active_samples += acts.shape[0]
+        self.n_frac_active_samples += acts.shape[0] * ranks.world()
         self.fired += fired
-        self.seen += acts.shape[0]
+        self.seen += acts.shape[0] * ranks.world()
 
 
 def train(
@@ -199,7 +185,8 @@ def train(
 
     The history has one row for each ``log_every`` steps, the first and the last. Of several SAEs each takes its step on a
     batch before any takes the next, so the stream (and the LM behind it) is read once for all. The process keeps its freed
-    memory from here on, see :mod:`saeutils.kernels.memory`.
+    memory from here on, see :mod:`saeutils.kernels.memory`. Under torchrun several processes train together, see
+    :mod:`saeutils.training.together`: all give the same batches, and each takes its part of them.
 
     Columns: (sae, its name, where there are several,) step, samples, loss and every loss term, fvu, l0 (of that batch), dead (share of latents silent for
     ``dead_window`` steps), orthogonality (mean |cos| of decoder rows, from 512 rows), lr, resampled (latents so far).
@@ -230,7 +217,7 @@ def train(
     )  # fmt: skip
     steps, seed, size = int(steps), int(seed), WINDOW if orders else 1  # an order of its own is drawn for whole windows
     folders = {name: Path(checkpoint) / name for name in saes} if checkpoint else {}
-    with checkpoints.alone(folders):
+    with checkpoints.alone(folders if ranks.rank() == 0 else {}):
         found = checkpoints.newest_of_all(folders)
         start = checkpoints.step_of(next(iter(found.values()))) if found else 0
         at = max(0, start - 1) // size * size  # the last batch that a checkpoint saw is read again: is it the same?
@@ -243,14 +230,14 @@ def train(
         if not found and median_rows:
             while sum(map(len, held)) < median_rows and (batch := next(stream, None)) is not None:
                 held.append(batch)
-            median = initializers.geometric_median(torch.cat(held)[:median_rows])
+            median = ranks.of_first(initializers.geometric_median(torch.cat(held)[:median_rows]))
         device = next(iter(saes.values())).device
         cfg = SAETrainerConfig(
             total_training_samples=steps * len(held[0]), train_batch_size_samples=len(held[0]), lr=lr, lr_end=lr,
             lr_warm_up_steps=steps // 20 if warm_up is None else warm_up, lr_decay_steps=steps // 5 if decay is None else decay,
             adam_beta1=betas[0], adam_beta2=betas[1], device=str(device), dead_feature_window=dead_window,
         )  # fmt: skip
-        options = _Options(
+        options = Options(
             steps, unit_norm, median_rows, dead, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every,
             callback, seed,
         )  # fmt: skip
@@ -263,11 +250,13 @@ def train(
                 optim.normalise_rows(one.W_dec)
             asked = replace(options, order=orders[name]) if orders else options
             trainers.append(trainer := _Trainer(name, cfg, one, asked, folders.get(name)))
+            together.require(trainer, held[0], start)
             trainer.start = began
             if found:
                 checkpoints.restore(found[name], trainer)
         stream, held = chain(held, stream), None
-        with tqdm(initial=start, total=steps, desc="training", disable=not progress) as bar:
+        hidden = not progress or ranks.rank() > 0
+        with tqdm(initial=start, total=steps, desc="training", disable=hidden) as bar, together.saved_at_the_end(trainers):
             _run(trainers, stream, range(at, steps, size), start, found, orders, bar)
     for trainer in trainers:
         trainer.set_final_sae_metadata()
@@ -288,6 +277,7 @@ def _run(
         for trainer, own in zip(trainers, seen) if step < start else ():
             checkpoints.require_rows(found[trainer.name], trainer, own[start - 1 - step])
         for i in range(max(start - step, 0), min(size, steps - step)):
+            together.stop_if_told()
             for trainer, own in zip(trainers, seen):
                 trainer.advance(own[i])
             bar.update()

@@ -19,7 +19,8 @@ from torch.nn.functional import normalize
 from saeutils import saes
 from saeutils.lm.models import default_device
 from saeutils.saes import alignsae, gba, initializers
-from saeutils.training.loop import _Options, _Trainer
+from saeutils.training.checks import Options
+from saeutils.training.loop import _Trainer
 
 BATCH = 4096
 SIZES = {"576 → 9,216, k 32": (576, 9216, 32), "768 → 12,288, k 64": (768, 12_288, 64), "2,048 → 16,384, k 64": (2048, 16_384, 64)}  # fmt: skip
@@ -89,7 +90,7 @@ def ours(kind: str, d: int, n: int, k: int):
         cfg = alignsae.AlignTrainingSAEConfig(**common, slots=list("abcdef"), answers=10)
         sae = sparse_relu(alignsae.AlignTrainingSAE(cfg), x, k)
         sae.labels = torch.arange(BATCH) % 6, torch.zeros(BATCH, dtype=torch.long)
-    return stepper(_Trainer("", saelens_config(), sae, _Options(), None), x, "dead" in kind)
+    return stepper(_Trainer("", saelens_config(), sae, Options(), None), x, "dead" in kind)
 
 
 def saelens(kind: str, d: int, n: int, k: int, autocast: bool = False, **options):

@@ -26,7 +26,8 @@ from saeutils.saes import (
     SparseTopKTrainingSAEConfig,
 )
 from saeutils.saes.base import aux_loss
-from saeutils.training.loop import _Options, _Trainer
+from saeutils.training.checks import Options
+from saeutils.training.loop import _Trainer
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -179,7 +180,7 @@ def test_our_trainer_equals_saelens_trainer(rows):
         total_training_samples=20 * 512, train_batch_size_samples=512, lr=3e-4, lr_end=3e-4, lr_warm_up_steps=5,
         lr_decay_steps=5, dead_feature_window=5,
     )  # fmt: skip
-    ours = _Trainer("", cfg, saes[0], _Options(unit_norm=False, aux_k=1.0), None)
+    ours = _Trainer("", cfg, saes[0], Options(unit_norm=False, aux_k=1.0), None)
     theirs = SAETrainer(cfg, saes[1], iter([]))
     for i in range(20):
         a, b = ours.step(rows[i * 512 : (i + 1) * 512]), theirs.step(rows[i * 512 : (i + 1) * 512])

@@ -1,0 +1,108 @@
+"""One SAE trained by several processes (torchrun): what all must share, and what happens when one of them dies.
+
+Each reads the same batches and takes its part of every one; gradients are averaged and latents counted over all, so all
+hold the same weights after every step, and process 0 writes the checkpoints. Gradients of an SAE come out of one function
+(:mod:`saeutils.kernels.sparse`) all at once: there is nothing that DistributedDataParallel's buckets could overlap with.
+"""
+
+import hashlib
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from saeutils.kernels import ranks
+from saeutils.saes.batchtopk import SparseBatchTopKTrainingSAE
+from saeutils.saes.jumprelu import SparseJumpReLUTrainingSAE
+from saeutils.saes.standard import SparseStandardTrainingSAE
+from saeutils.saes.topk import SparseTopKTrainingSAE
+from saeutils.training import checkpoints
+
+KNOWN = (SparseTopKTrainingSAE, SparseBatchTopKTrainingSAE, SparseJumpReLUTrainingSAE, SparseStandardTrainingSAE)
+_TOLD = threading.Event()  # the system has asked this process to end
+
+
+def require(trainer, batch: Tensor, start: int) -> None:
+    """All processes came with the same options, weights and rows, and their number divides the batch.
+
+    Raises:
+        ValueError: they did not; an SAE whose step looks at the whole batch in a way of its own (GBA, AlignSAE).
+    """
+    if ranks.world() == 1:
+        return
+    if type(trainer.sae) not in KNOWN:
+        names = ", ".join(kind.__name__ for kind in KNOWN)
+        raise ValueError(f"{type(trainer.sae).__name__} cannot be trained by several processes; these can: {names}")
+    if len(batch) % ranks.world():
+        raise ValueError(f"batches of {len(batch):,} rows cannot be divided among {ranks.world()} processes: take a multiple")
+    weights = {name: _hash(p) for name, p in trainer.sae.named_parameters()}
+    ranks.require_alike({**trainer.settings, "the step they go on from": start, "weights": weights, "rows": _hash(batch)})
+
+
+def _hash(x: Tensor) -> str:
+    return hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+@contextmanager
+def unchanged_if_it_fails(trainer) -> Iterator[None]:
+    """A step whose exchange with the others fails leaves buffers as they were; weights change only behind the last exchange."""
+    if ranks.world() == 1:
+        yield
+        return
+    before, samples = {name: b.clone() for name, b in trainer.sae.named_buffers()}, trainer.n_training_samples
+    try:
+        yield
+    except RuntimeError:
+        for name, buffer in trainer.sae.named_buffers():
+            buffer.copy_(before[name])
+        trainer.n_training_samples = samples
+        raise
+
+
+def stop_if_told() -> None:
+    """Raises:
+    RuntimeError: this process was asked to end (SIGTERM, as torchrun does when another has died).
+    """
+    if _TOLD.is_set():
+        raise RuntimeError("asked to end")
+
+
+@contextmanager
+def saved_at_the_end(trainers: list) -> Iterator[None]:
+    """Where another process dies in the block, this one ends with a checkpoint of the last whole step and a sentence.
+
+    Raises:
+        RuntimeError: that sentence.
+    """
+    if ranks.world() == 1:
+        yield
+        return
+    _TOLD.clear()
+    before = signal.signal(signal.SIGTERM, lambda *_: _TOLD.set())
+    try:
+        yield
+        dist.barrier()  # the last checkpoint is there for all
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        done, kept = trainers[0].n_training_steps, _save(trainers)
+        what = f"one of the {ranks.world()} processes died, or was asked to end, after step {done:,}"
+        fix = "saved: the same command goes on from there" if kept else "not saved, as train was given no checkpoint folder"
+        raise RuntimeError(f"{what}; {fix} ({str(error).splitlines()[0][:120]})") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _save(trainers: list) -> bool:
+    """Process 0 writes; should it be the dead one, whoever of the others gets its lock."""
+    folders = {t.name: t.folder for t in trainers if t.folder}
+    with checkpoints.alone({} if ranks.rank() == 0 else folders):
+        for trainer in trainers if folders else ():
+            there = checkpoints.newest(trainer.folder)
+            if trainer.n_training_steps and (there is None or checkpoints.step_of(there) < trainer.n_training_steps):
+                checkpoints.save(trainer.folder, trainer, trainer.last)
+    return bool(folders)
