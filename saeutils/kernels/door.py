@@ -81,7 +81,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("x", "W_dec", "z", "h"), MATRIX),
     **dict.fromkeys(("direction", "directions"), ("a direction [d], or several [n, d], of finite numbers", _array(1, 2))),
     "ids": ("token ids [batch, position]", lambda v: _tensor(v) and v.ndim == 2 and v.numel() > 0 and not v.is_floating_point()),
-    **dict.fromkeys(("texts", "prompts", "hooks", "slots"), TEXTS),
+    **dict.fromkeys(("texts", "prompts", "slots"), TEXTS),
     **dict.fromkeys(("prompt", "hook", "name", "run", "notebook"), ("a text that is not empty", lambda v: isinstance(v, str) and bool(v.strip()))),
     **dict.fromkeys(("sae", "a", "b"), SAE),
     "saes": ("SAEs, at least one", lambda v: isinstance(v, (Sequence, Mapping)) and len(v) > 0 and all(SAE[1](s) for s in (v.values() if isinstance(v, Mapping) else v))),

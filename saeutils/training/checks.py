@@ -37,18 +37,19 @@ def require(saes: dict[str, TrainingSAE], batches: object, dead: str, **options)
     Raises:
         ValueError: it names the argument and the fix.
     """
+    if isinstance(steps := options["steps"], float) and steps.is_integer():  # 1e5
+        options["steps"] = int(steps)
     door(**{name: value for name, value in options.items() if name not in ("warm_up", "decay") or value is not None})
     if not isinstance(dead, str) or dead not in DEAD:
         raise ValueError(f"unknown dead={dead!r}: one of {DEAD}")
     if not saes:
         raise ValueError("no SAE to train: give at least one")
+    if hasattr(batches, "batches"):
+        raise ValueError("batches: give the method, functools.partial(acts.batches, 4096), not the activations")
     if not callable(batches) and not isinstance(batches, Iterable):
         raise ValueError(f"batches={batches!r}: expected tensors [batch, d_in], or a function start=step → their iterator")
     for sae in saes.values():
         door(sae=sae)
-    if hasattr(batches, "batches"):
-        raise ValueError("batches: give the method, functools.partial(acts.batches, 4096), not the activations")
-    for sae in saes.values():
         if sae.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the SAE is in {sae.dtype}, in which Adam's small steps are lost: build it with dtype='float32'")
         if torch.is_autocast_enabled(sae.device.type):

@@ -255,8 +255,7 @@ def train(
             if found:
                 checkpoints.restore(found[name], trainer)
         stream, held = chain(held, stream), None
-        hidden = not progress or ranks.rank() > 0
-        with tqdm(initial=start, total=steps, desc="training", disable=hidden) as bar, together.saved_at_the_end(trainers):
+        with tqdm(initial=start, total=steps, desc="training", disable=not progress or ranks.rank() > 0) as bar, together.saved_at_the_end(trainers):
             _run(trainers, stream, range(at, steps, size), start, found, orders, bar)
     for trainer in trainers:
         trainer.set_final_sae_metadata()

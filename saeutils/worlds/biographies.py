@@ -211,7 +211,7 @@ def last_states(
     lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256
 ) -> dict[str, Tensor]:
     """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
-    door(lm=lm, hooks=hooks, batch_size=batch_size)
+    door(lm=lm, batch_size=batch_size)
     require_prompts(prompts)
     ids = [encode(lm, p)[0] for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -225,8 +225,7 @@ def last_states(
 
         with edits.edited(lm, [(hook, functools.partial(look, to=to)) for hook, to in kept.items()]):
             lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True), return_type=None)
-    back = torch.tensor(order).argsort()
-    return {hook: torch.cat(parts)[back] for hook, parts in kept.items()}
+    return {hook: torch.cat(parts)[torch.tensor(order).argsort()] for hook, parts in kept.items()}
 
 
 def require_recall(right: pd.Series | np.ndarray, least: float) -> None:

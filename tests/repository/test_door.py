@@ -236,7 +236,7 @@ TABLE = {
     "steering.stepwise": row(lambda: dict(lm=lm(), ids=torch.tensor([[1, 2]]), temperature=0.5, generator=None), first, lm="lm", ids="many", temperature="not negative", generator=ELSEWHERE),
     "analysis.stability": row(lambda: dict(matched=compare(topk(), topk())), matched="frame"),
     "worlds.answers": row(lambda: dict(lm=lm(), prompts=["Q: who?\nA:"], hook=HOOK, delta=None, tokens=2, batch_size=2), lm="lm", prompts="texts", hook=ELSEWHERE, delta=ELSEWHERE, tokens="count", batch_size="count"),
-    "worlds.last_states": row(lambda: dict(lm=lm(), prompts=["Q: who?\nA:"], hooks=[HOOK], batch_size=2), lm="lm", prompts="texts", hooks="texts", batch_size="count"),
+    "worlds.last_states": row(lambda: dict(lm=lm(), prompts=["Q: who?\nA:"], hooks=[HOOK], batch_size=2), lm="lm", prompts="texts", hooks=ELSEWHERE, batch_size="count"),
     "worlds.train_lm": row(
         lambda: dict(folder=Path(tempfile.mkdtemp()), texts=["the fox jumps over it"] * 20, tokenizer=tiny.tokenizer(), width=16, layers=1, heads=2, context=8, batch=2, steps=[1], lr=1e-3, seed=0, device=None),
         folder="path", texts="texts", tokenizer="sae", width="count", layers="count", heads="count", context="count", batch="count", steps="many", lr="positive", seed="seed", device=ELSEWHERE),

@@ -243,7 +243,7 @@ def test_an_order_of_its_own_is_part_of_the_run(tmp_path, rows):
 
 
 @pytest.mark.parametrize("kw, message", [
-    ({"steps": 0}, "steps=0"), ({"steps": 2.5}, "steps=2.5"), ({"log_every": 0}, "'log_every': 0"), ({"checkpoint_every": 0}, "'checkpoint_every': 0"),
+    ({"steps": 0}, "steps=0"), ({"steps": 2.5}, "steps=2.5"), ({"log_every": 0}, "log_every=0"), ({"checkpoint_every": 0}, "checkpoint_every=0"),
     ({"batches": types.SimpleNamespace(batches=1)}, r"functools.partial\(acts.batches, 4096\)"), ({"sae": {}}, "no SAE to train"),
 ])  # fmt: skip
 def test_refused_before_work_starts(rows, kw, message):
