@@ -15,6 +15,7 @@ from saeutils.kernels.door import door
 from saeutils.lm import batches, corpus, shards
 
 SPLITS = ("train", "validation", "test")
+FRACTIONS = (0.8, 0.1, 0.1)
 
 
 def collect(
@@ -65,13 +66,19 @@ def collect(
     return Activations(folder)
 
 
+def split_of(doc: Tensor, fractions: tuple[float, float, float] = FRACTIONS) -> Tensor:
+    """Document numbers → 0 train, 1 validation, 2 test."""
+    u = ((doc.long() * 2_654_435_761) % 2**32).double() / 2**32  # Knuth's multiplicative hash
+    return torch.bucketize(u, torch.tensor(fractions, dtype=torch.double).cumsum(0)[:2], right=True)
+
+
 class Activations:
     """Collected rows in a folder of shards; memory-mapped, so only what is touched is read.
 
     Documents are assigned to train, validation and test by a hash of their number, so no document is in two of them.
     """
 
-    def __init__(self, folder: str | Path, fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)):
+    def __init__(self, folder: str | Path, fractions: tuple[float, float, float] = FRACTIONS):
         door(folder=folder)
         if not isinstance(fractions, tuple | list) or len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
             raise ValueError(f"fractions={fractions!r}: expected three shares, of train, validation and test, that add up to 1")
@@ -91,9 +98,7 @@ class Activations:
 
     def split_of(self, doc: Tensor) -> Tensor:
         """Document numbers → 0 train, 1 validation, 2 test."""
-        u = ((doc.long() * 2_654_435_761) % 2**32).double() / 2**32  # Knuth's multiplicative hash
-        edges = torch.tensor(self.fractions, dtype=torch.double).cumsum(0)[:2]
-        return torch.bucketize(u, edges, right=True)
+        return split_of(doc, self.fractions)
 
     @cached_property
     def _rows(self) -> dict[str, list[Tensor]]:

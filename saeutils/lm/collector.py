@@ -80,12 +80,15 @@ def _bridged(lm: str, hook: str, load: tuple[tuple[str, object], ...]) -> Tensor
         return bridge.run_with_cache(PROBE.to(bridge.cfg.device), names_filter=[hook])[1][hook].float().cpu()
 
 
-def windows_of(text: Dataset, tokenizer, context: int, seed: int) -> Iterator[tuple[int, int, list[int]]]:
+def windows_of(
+    text: Dataset, tokenizer, context: int, seed: int, documents: np.ndarray | None = None
+) -> Iterator[tuple[int, int, list[int]]]:
     """(document, start, tokens without BOS) of windows of at most ``context`` tokens with it, documents in random order.
 
-    Documents are tokenised a hundred at a time, as they are asked for.
+    Documents are tokenised a hundred at a time, as they are asked for; ``documents``: only these, a mask [len(text)].
     """
-    order = np.random.default_rng(seed).permutation(len(text)).tolist()
+    order = np.random.default_rng(seed).permutation(len(text))
+    order = (order if documents is None else order[documents[order]]).tolist()
     body = context - len(bos_of(tokenizer))
     for at in range(0, len(order), 100):
         chunk = order[at : at + 100]

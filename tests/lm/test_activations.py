@@ -3,13 +3,14 @@
 import types
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from datasets import Dataset, concatenate_datasets
 
 from saeutils.kernels import files
-from saeutils.lm import activations, models, streams, text
+from saeutils.lm import activations, collector, models, streams, text
 from saeutils.lm.collector import Collector, Windows, parse_hook, pools, tokenize
 
 HOOK = "blocks.1.hook_resid_post"
@@ -180,8 +181,30 @@ def test_stream_never_overflows_its_pool(wiki, monkeypatch, buffer, batch_size):
         assert batch.shape == (batch_size, 640)
 
 
+def test_a_stream_that_knows_its_steps_makes_no_row_that_nobody_gets(wiki, monkeypatch):
+    monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=1000")
+    run, rows = [], collector.Collector.rows
+
+    def noted(self, pool, windows, outlier):
+        run.append((sum(map(len, windows.tokens)) - len(windows.tokens), set(windows.doc)))
+        return rows(self, pool, windows, outlier)
+
+    monkeypatch.setattr(collector.Collector, "rows", noted)
+    train = set(np.flatnonzero(activations.split_of(torch.arange(len(wiki))).numpy() == 0))
+    for buffer, steps in ((4, 9), (1, 9), (1, 1)):  # all in one pool; a pool that is emptied and filled again
+        run.clear()
+        made = list(streams.stream("gemma-3-270m", HOOK, wiki, batch_size=256, context=64, buffer=buffer, steps=steps))
+        assert [len(batch) for batch in made] == [256] * steps
+        assert len(torch.cat(made).unique(dim=0)) > 0.99 * 256 * steps, "no row is given twice"
+        assert set().union(*(docs for _, docs in run)) <= train
+        assert sum(tokens for tokens, _ in run) <= 1.02 * 256 * steps  # attention sinks are dropped
+    rest = list(streams.stream("gemma-3-270m", HOOK, wiki, batch_size=256, context=64, buffer=1, steps=9, start=4))
+    again = list(streams.stream("gemma-3-270m", HOOK, wiki, batch_size=256, context=64, buffer=1, steps=9))
+    assert all(torch.equal(a, b) for a, b in zip(rest, again[4:])) and len(rest) == 5
+
+
 def test_stream_refuses_what_it_cannot_hold_or_never_finds(wiki):
-    with pytest.raises(ValueError, match="buffer=0 shards of 65,536 rows must hold a batch of 4,096"):
+    with pytest.raises(ValueError, match="buffer=0: expected a whole number of at least 1"):
         next(streams.stream("gemma-3-270m", HOOK, wiki, buffer=0))
     with pytest.raises(ValueError, match="unknown normalise='z'"):
         next(streams.stream("gemma-3-270m", HOOK, wiki, normalise="z"))
