@@ -23,7 +23,7 @@ from saeutils.saes import initializers
 from saeutils.saes.base import aux_loss
 from saeutils.training import checkpoints, checks, together
 from saeutils.training.checks import Options
-from saeutils.training.resampling import RESAMPLERS, reset_adam
+from saeutils.training.resampling import AT_ONCE, RESAMPLERS, reset_adam
 
 VERSION = 1  # of the steps: raise it when the same run would give another SAE
 RESAMPLE_FROM = 8192  # rows of recent batches from which resampled latents take their directions
@@ -54,7 +54,7 @@ class _Trainer(SAETrainer):
             "version": VERSION,
             **{k: v for k, v in vars(options).items() if k not in ("log_every", "checkpoint_every", "callback")},
             "batch": cfg.train_batch_size_samples, "lr": cfg.lr, "betas": (cfg.adam_beta1, cfg.adam_beta2),
-            "warm_up": warm_up, "decay": decay, "dead_window": cfg.dead_feature_window,
+            "warm_up": warm_up, "decay": decay, "dead_window": cfg.dead_feature_window, **({"at_once": AT_ONCE} if options.dead == "anthropic" else {}),
         }  # fmt: skip
 
     def advance(self, batch: Tensor) -> None:

@@ -11,6 +11,9 @@ if TYPE_CHECKING:  # late: together they take seconds to import
     from sae_lens.saes.sae import TrainingSAE
 
 
+AT_ONCE = 0.02  # share of a dictionary that is woken at a time
+
+
 @torch.no_grad()
 def resample_post(sae: TrainingSAE, dead: Tensor, _batch: Tensor, generator: torch.Generator) -> Tensor:
     """Seed 001's recipe: standard normal encoder columns, zero biases; decoder rows stay.
@@ -30,12 +33,14 @@ def resample_anthropic(sae: TrainingSAE, dead: Tensor, batch: Tensor, generator:
 
     Each dead latent takes an input, drawn with probability ∝ its squared loss, as decoder direction; its encoder column
     is the same direction at 0.2 × the mean norm of the living encoder columns, its bias 0. No input is drawn twice, or two
-    latents would stay equal for ever: with more dead latents than inputs, the last ones wait for the next time.
+    latents would stay equal for ever. At most a share :data:`AT_ONCE` of the dictionary is woken, drawn at random: half of it
+    switched on in one step adds up to many times the input (FVU 10⁴). The others wait for the next time.
 
     Args:
         dead: numbers of dead latents, [n_dead]. batch: inputs to draw from, [batch, d_in].
     """
-    dead = dead[: len(batch)]
+    order = torch.randperm(len(dead), generator=generator)[: min(len(batch), max(1, int(AT_ONCE * sae.cfg.d_sae)))]
+    dead = dead[order.to(dead.device)]
     if not len(dead):
         return dead
     loss = (batch - sae(batch)).pow(2).sum(1)  # [batch]
