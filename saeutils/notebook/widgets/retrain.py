@@ -31,7 +31,7 @@ def retrain_panel(x: Tensor, heldout: Tensor, *, l1: float = 2.0, gain: float = 
     Raises:
         ValueError: too few rows for a batch.
     """
-    door(x=x, h=heldout, lr=l1, scale=gain)
+    door(x=x, heldout=heldout, l1=l1, gain=gain)
     if len(x) < BATCH:
         raise ValueError(f"x has {len(x):,} rows, fewer than one batch of {BATCH}")
     panel = _Retrain(x, heldout, l1, gain)
@@ -83,6 +83,8 @@ class _Retrain:
         self.runs[name] = history, end
         self.runs = dict(list(self.runs.items())[-KEPT:])
         self.drawn.value = self.picture()
+        if end["dead"] == 1:
+            self.worker.say(f"L1 {l1:.2g} has silenced every latent: take a smaller one", wrong=True)
 
     def picture(self) -> str:
         """Error, active and silent latents over the steps, and where each run ends on held-out rows."""
