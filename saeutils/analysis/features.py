@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from saeutils import steering
 from saeutils.analysis import language
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, require_latents
 from saeutils.lm import parts, provenance
 from saeutils.lm.activations import Activations
 from saeutils.lm.tokens import encode
@@ -64,8 +64,7 @@ class LatentTable:
 
     def _entries(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows, values) at which a latent is active."""
-        if not 0 <= latent < self.acts.shape[1]:
-            raise ValueError(f"latent {latent} is outside the dictionary: 0…{self.acts.shape[1] - 1}")
+        (latent,) = require_latents(latent, self.acts.shape[1])
         span = slice(*self.acts.indptr[latent : latent + 2])
         return self.acts.indices[span], self.acts.data[span]
 

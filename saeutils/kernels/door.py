@@ -109,6 +109,30 @@ def door(**given: object) -> None:
             raise ValueError(f"{name}={_said(value)}: expected {expected}")
 
 
+def whole_numbers(given: object, name: str, wanted: str) -> list[int]:
+    """One whole number, or several, as a list.
+
+    Raises:
+        ValueError: it is not that, see ``wanted``.
+    """
+    numbers = np.atleast_1d(np.asarray(given))
+    if numbers.ndim != 1 or not len(numbers) or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"{name}={given!r}: {wanted}")
+    return numbers.tolist()
+
+
+def require_latents(given: object, d_sae: int) -> list[int]:
+    """One latent's number, or several, as a list.
+
+    Raises:
+        ValueError: the dictionary of ``d_sae`` latents has no such.
+    """
+    numbers = whole_numbers(given, "latent", "a latent's number, or several")
+    if not 0 <= min(numbers) <= max(numbers) < d_sae:
+        raise ValueError(f"latent={given!r}: the dictionary has 0 to {d_sae - 1:,}")
+    return numbers
+
+
 def _said(value: object) -> str:
     if _tensor(value) or isinstance(value, np.ndarray):
         return f"{type(value).__name__} {tuple(value.shape)}" + " with NaN or inf" * (not _finite(value))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from saeutils.analysis import features, index, language
+from saeutils.kernels.door import require_latents
 from saeutils.lm.tokens import begin, encode
 from saeutils.notebook.widgets import drawing, live, writing
 from saeutils.notebook.widgets.board import PRESETS, SHOWN, Board
@@ -134,14 +135,15 @@ class Explorer(Board):
     def _list(self) -> None:
         values = self.f.amax(0) if self.position is None else self.f[min(self.position, len(self.f) - 1)]
         top, numbers = values.topk(min(10, len(values)))
-        self._options([(i, v) for i, v in zip(numbers.tolist(), top.tolist()) if v > 0])
         self._shade()
+        self._options([(i, v) for i, v in zip(numbers.tolist(), top.tolist()) if v > 0])
 
     def _options(self, found: Sequence[tuple[int, float]]) -> None:
-        self._label([i for i, _ in found])
-        with self._set():
-            self.strongest.options = [(f"{i} · {self.labels[i]} · {v:.3g}", i) for i, v in found]
-            self.strongest.value = None
+        for look_up in (len, self._label):  # their numbers at once, their words a moment later
+            look_up([i for i, _ in found])
+            with self._set():
+                self.strongest.options = [(f"{i} · {self.labels.get(i, '…')} · {v:.3g}", i) for i, v in found]
+                self.strongest.value = None
 
     def _shade(self) -> None:
         values = self.f[:, self.latent].numpy()  # [tokens]
@@ -173,15 +175,13 @@ class Explorer(Board):
             parts = "·".join(self.lm.tokenizer.decode([i]) for i in ids).strip()
             self.worker.say(f"{parts} is {len(ids)} tokens: searched for the first")
 
-    # --- a latent
-
     def open(self, latent: int, back: bool = False) -> None:
         """Ask for a latent's card."""
         self.worker.ask("card", lambda turn: self._open(latent, back))
 
     @torch.no_grad()
     def _open(self, latent: int, back: bool) -> None:
-        writing.check_latent(self.sae, latent)
+        require_latents(latent, self.sae.cfg.d_sae)
         self.latent = latent
         self.visited = self.visited[:-1] if back else [*self.visited, latent]
         rows = self.sae.W_dec.detach().float()

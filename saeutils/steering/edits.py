@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, require_latents, whole_numbers
 from saeutils.lm import tokens
 from saeutils.lm.provenance import require_raw
 
@@ -94,14 +94,7 @@ def _wanted(positions: Positions) -> slice | list[int] | None:
         if (positions.step or 1) < 1:
             raise ValueError(f"positions={positions} goes backwards: take a step of at least 1")
         return positions
-    return sorted(_whole(positions, "positions", "whole numbers, a slice or None (all)"))
-
-
-def _whole(given: object, name: str, wanted: str) -> list[int]:
-    numbers = np.atleast_1d(np.asarray(given))
-    if numbers.ndim != 1 or not len(numbers) or not np.issubdtype(numbers.dtype, np.integer):
-        raise ValueError(f"{name}={given!r}: {wanted}")
-    return numbers.tolist()
+    return sorted(whole_numbers(positions, "positions", "whole numbers, a slice or None (all)"))
 
 
 def _selected(place: Tensor, wanted: slice | list[int], prompt: int) -> Tensor:
@@ -144,24 +137,17 @@ def latents(hook: str, sae: SAE, change: Callable[[Tensor], Tensor], positions: 
     return edit(hook, sae.cfg.d_in, delta, positions)
 
 
-def _checked(sae: SAE, latent: int | Sequence[int]) -> list[int]:
-    numbers = _whole(latent, "latent", "a latent's number, or several")
-    if bad := [n for n in numbers if not 0 <= n < sae.cfg.d_sae]:
-        raise ValueError(f"latents {bad} are outside the dictionary: 0…{sae.cfg.d_sae - 1}")
-    return numbers
-
-
 def clamp(hook: str, sae: SAE, latent: int | Sequence[int], value: float, positions: Positions = AFTER_BOS) -> Edit:
     """Set latents to ``value``, in the SAE's own units (after its input normalisation)."""
     door(value=value, sae=sae)
-    numbers = _checked(sae, latent)
+    numbers = require_latents(latent, sae.cfg.d_sae)
     return latents(hook, sae, lambda f: f.index_fill(1, torch.tensor(numbers, device=f.device), value), positions)
 
 
 def scale(hook: str, sae: SAE, latent: int | Sequence[int], factor: float, positions: Positions = AFTER_BOS) -> Edit:
     """Multiply latents by ``factor`` wherever they are active."""
     door(factor=factor, sae=sae)
-    numbers = torch.tensor(_checked(sae, latent))
+    numbers = torch.tensor(require_latents(latent, sae.cfg.d_sae))
     return latents(hook, sae, lambda f: f.index_copy(1, numbers.to(f.device), f[:, numbers] * factor), positions)
 
 

@@ -105,7 +105,7 @@ def test_cropped_texts_keep_their_peak_and_say_where_they_are_cut(lm, table):
 
 
 def test_bad_input(table, sae):
-    with pytest.raises(ValueError, match="latent 128 is outside the dictionary: 0…127"):
+    with pytest.raises(ValueError, match="latent=128: the dictionary has 0 to 127"):
         table.of(128)
     other = TopKSAE(TopKSAEConfig(d_in=32, d_sae=64, k=4))
     acts = activations.collect("gemma-3-270m", HOOK, Dataset.from_list([{"text": "Hello there."}]), dtype=torch.float32)

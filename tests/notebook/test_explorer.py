@@ -141,8 +141,8 @@ def test_anything_can_be_typed(opened, text):
 
 
 @pytest.mark.parametrize("act, said", [
-    (lambda e: setattr(e.number, "value", 99_999), "there is no latent 99999: they are 0 to 511"),
-    (lambda e: setattr(e.slots[0][1], "value", -1), "there is no latent -1"),
+    (lambda e: setattr(e.number, "value", 99_999), "latent=99999: the dictionary has 0 to 511"),
+    (lambda e: setattr(e.slots[0][1], "value", -1), "latent=-1: the dictionary has 0 to 511"),
     (lambda e: setattr(e.search, "value", "unbelievable"), "tokens: searched for the first"),
     (lambda e: setattr(e.search, "value", "  "), "type a word to search for"),
     (lambda e: setattr(e.prompt, "value", " "), "write a prompt first"),

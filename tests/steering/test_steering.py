@@ -158,7 +158,7 @@ def test_loss_recovered_bounds(lm):
 
 def test_bad_input(lm):
     sae = _sae()
-    with pytest.raises(ValueError, match="outside the dictionary: 0…255"):
+    with pytest.raises(ValueError, match="the dictionary has 0 to 255"):
         steering.clamp(HOOK, sae, 256, 1.0)
     with (
         pytest.raises(ValueError, match="no hook points"),

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from saeutils import metrics, steering
 from saeutils.analysis.features import residual
+from saeutils.kernels.door import require_latents
 from saeutils.lm.tokens import encode, ends, until_end
 
 if TYPE_CHECKING:  # late: together they take seconds to import
@@ -39,14 +40,6 @@ class Setting:
         return f"{self.prompt[:24]} | {edits or 'no edit'} | T {self.temperature:g}, sample {self.seed}"
 
 
-def check_latent(sae: SAE, latent: int) -> None:
-    """Raises:
-    ValueError: the SAE has no such latent.
-    """
-    if not 0 <= latent < sae.cfg.d_sae:
-        raise ValueError(f"there is no latent {latent}: they are 0 to {sae.cfg.d_sae - 1:,}")
-
-
 def check(lm: TransformerBridge, sae: SAE, setting: Setting) -> None:
     """Can the setting be run?
 
@@ -58,7 +51,7 @@ def check(lm: TransformerBridge, sae: SAE, setting: Setting) -> None:
     if (n := encode(lm, setting.prompt).shape[1]) > LONGEST:
         raise ValueError(f"the prompt has {n:,} tokens: shorten it to {LONGEST}")
     for _, latent, _ in setting.slots:
-        check_latent(sae, latent)
+        require_latents(latent, sae.cfg.d_sae)
 
 
 def edits(sae: SAE, hook: str, setting: Setting, unit: float, typical: Callable[[int], float]) -> list:
