@@ -1,6 +1,8 @@
 """Independent jobs side by side: joblib's processes, each on cores or a GPU of its own, or a Ray cluster."""
 
+import concurrent.futures
 import importlib.util
+import itertools
 import os
 import socket
 import tempfile
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 
 import joblib
 from filelock import FileLock, Timeout
+
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of NumPy's and SciPy's products
 
 
 class Outcome(NamedTuple):
@@ -34,7 +38,7 @@ def each(
     """(name, outcome) of ``work(**settings)`` for every job, in the order in which they end.
 
     One worker without Ray is this process itself, with all its threads. A failed job is an outcome like others. Where a
-    worker process dies (killed for memory, as a rule) the jobs that it took along are not yielded.
+    worker process dies (killed for memory, as a rule) what was not done begins again; jobs that die alone, too, are not yielded.
     """
     if workers == 1 and not ray:
         for name, settings in jobs.items():
@@ -44,13 +48,36 @@ def each(
     if ray:
         yield from _on_cluster(work, jobs, workers, environment, ray)
         return
-    call = joblib.delayed(_placed)
-    with joblib.parallel_config("loky", inner_max_num_threads=_share(workers)):
-        side_by_side = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="all")
+    left = dict(jobs)
+    for at_once in (workers, workers, 1):  # a process that dies takes all others with it: what they had not ended begins again
         try:
-            yield from side_by_side(call(name, work, settings, workers, environment) for name, settings in jobs.items())
+            for name, outcome in _side_by_side(work, left, workers, environment, at_once):
+                del left[name]
+                yield name, outcome
         except joblib.externals.loky.process_executor.TerminatedWorkerError:
-            return
+            continue
+
+
+def _side_by_side(
+    work: Callable[..., Any], jobs: dict[str, dict], workers: int, environment: dict, at_once: int
+) -> Iterator[tuple[str, Outcome]]:
+    """In loky's processes, the outcomes as they come; one ``at_once``: a job whose process dies takes no other with it."""
+    executor = joblib.externals.loky.get_reusable_executor
+    parts = [dict([job]) for job in jobs.items()] if at_once == 1 else [dict(jobs)]
+    for part in parts if jobs else ():
+        pool = executor(at_once, timeout=60, env=dict.fromkeys(THREADS, str(_share(workers))))
+        futures = [pool.submit(_placed, name, work, settings, workers, environment) for name, settings in part.items()]
+        for future in concurrent.futures.as_completed(futures):
+            try:
+                yield future.result()
+            except joblib.externals.loky.process_executor.TerminatedWorkerError:
+                if at_once > 1:
+                    raise
+
+
+def end() -> None:
+    """End the processes that wait for further jobs, with what they hold in memory."""
+    joblib.externals.loky.get_reusable_executor().shutdown(kill_workers=True)
 
 
 def _on_cluster(
@@ -60,17 +87,17 @@ def _on_cluster(
     import ray
 
     gpus = 1 if _connected(address).get("GPU") else 0
-    task, waiting, running = ray.remote(num_gpus=gpus, max_retries=3)(_placed), list(jobs.items()), set()
+    task, waiting, running = ray.remote(num_gpus=gpus, max_retries=3)(_placed), list(jobs.items()), {}
     while waiting or running:
         while waiting and len(running) < workers:
             name, settings = waiting.pop(0)
-            running.add(task.remote(name, work, settings, 0, environment))
+            running[task.remote(name, work, settings, 0, environment)] = name
         (ready,), _ = ray.wait(list(running))
-        running.remove(ready)
+        name = running.pop(ready)
         try:
             yield ray.get(ready)
-        except ray.exceptions.RayError:  # its process died, four times
-            continue
+        except ray.exceptions.RayError as error:  # its process died, four times, or its node lacks what it needs
+            yield name, Outcome(None, str(error))
 
 
 def _connected(address: str) -> dict[str, float]:
@@ -121,21 +148,20 @@ def _placed(name: str, work: Callable[..., Any], settings: dict, workers: int, e
 
 @contextmanager
 def _place(workers: int) -> Iterator[int]:
-    """A number below ``workers`` that no other process of this machine holds; a dead one holds nothing."""
+    """A number below ``workers``, of those that fewest processes of this machine hold; a dead one holds nothing."""
     folder = Path(tempfile.gettempdir()) / f"saeutils-places-{os.getuid() if hasattr(os, 'getuid') else 0}"
     folder.mkdir(exist_ok=True)
-    for place in range(workers):
-        lock = FileLock(folder / f"{place}.lock")
+    for number in itertools.count():  # from the second round on beside another sweep of this machine
+        lock = FileLock(folder / f"{number}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             continue
         try:
-            yield place
+            yield number % workers
         finally:
             lock.release()
         return
-    yield 0  # another sweep runs on this machine
 
 
 @contextmanager

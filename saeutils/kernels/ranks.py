@@ -1,10 +1,23 @@
 """Several processes that train one SAE on parts of each batch (torch.distributed, started by torchrun); alone all of this does nothing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Broken(RuntimeError):
+    """An exchange with the others failed: one of them is gone."""
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's own are of several kinds
+        raise Broken(str(error)) from error
 
 
 def world() -> int:
@@ -32,15 +45,19 @@ def total(x: Tensor) -> Tensor:
     """Sum over all processes, detached."""
     x = x.detach().clone()
     if world() > 1:
-        dist.all_reduce(x)
+        with _exchange():
+            dist.all_reduce(x)
     return x
 
 
 def of_first(x: Tensor) -> Tensor:
     """Process 0's ``x``: what all have computed may differ in its last bits on processors of several kinds."""
-    if world() > 1:
-        dist.broadcast(x, 0)
-    return x
+    if world() == 1:
+        return x
+    shared = x.to(_device())  # NCCL knows of nothing in host memory
+    with _exchange():
+        dist.broadcast(shared, 0)
+    return shared.to(x.device)
 
 
 def least(x: float) -> float:
@@ -48,7 +65,8 @@ def least(x: float) -> float:
     if world() == 1:
         return x
     found = torch.tensor(x, dtype=torch.double, device=_device())
-    dist.all_reduce(found, dist.ReduceOp.MIN)
+    with _exchange():
+        dist.all_reduce(found, dist.ReduceOp.MIN)
     return float(found)
 
 
@@ -59,11 +77,12 @@ def largest(values: Tensor, k: int) -> Tensor:
         return kept.sort().values
     own = values.topk(min(k, len(values)), sorted=False).values
     sizes = [own.new_zeros((), dtype=torch.long) for _ in range(world())]
-    dist.all_gather(sizes, own.new_tensor(len(own), dtype=torch.long))
-    padded = own.new_full((max(1, int(max(sizes))),), -torch.inf)
-    padded[: len(own)] = own
-    everyone = [torch.empty_like(padded) for _ in range(world())]
-    dist.all_gather(everyone, padded)
+    with _exchange():
+        dist.all_gather(sizes, own.new_tensor(len(own), dtype=torch.long))
+        padded = own.new_full((max(1, int(max(sizes))),), -torch.inf)
+        padded[: len(own)] = own
+        everyone = [torch.empty_like(padded) for _ in range(world())]
+        dist.all_gather(everyone, padded)
     both = torch.cat(everyone)
     if k >= int(sum(sizes)):
         return torch.arange(len(values), device=values.device)
@@ -77,8 +96,16 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     for p in parameters:
         if p.grad is not None:  # a transposed one lies whole in memory as its transpose
             grad = p.grad if p.grad.is_contiguous() else p.grad.T
-            dist.all_reduce(grad)
+            with _exchange():
+                dist.all_reduce(grad)
             grad.div_(world())
+
+
+def meet() -> None:
+    """Wait for all processes."""
+    if world() > 1:
+        with _exchange():
+            dist.barrier()
 
 
 def require_alike(what: dict[str, object]) -> None:
@@ -90,9 +117,10 @@ def require_alike(what: dict[str, object]) -> None:
     if world() == 1:
         return
     everyone: list = [None] * world()
-    dist.all_gather_object(everyone, what)
+    with _exchange():
+        dist.all_gather_object(everyone, what)
     if differs := sorted(name for name in what if any(other.get(name) != what[name] for other in everyone)):
-        raise ValueError(f"the {world()} processes differ in {', '.join(differs)}: start all with the same, torchrun does")
+        raise ValueError(f"the {world()} processes differ in {', '.join(differs)}: give all the same, and one folder of checkpoints that all see")
 
 
 def _device() -> str:

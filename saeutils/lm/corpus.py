@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import torch
 from datasets import Dataset
 
 from saeutils.lm import models
@@ -33,7 +34,7 @@ def key(lm: str, hook: str, text: Dataset, load: dict, **rest) -> str:
         digest.update(document.encode() + b"\0")
     lm = models.identity(lm, load.get("revision"))
     device = load.get("device") or models.default_device()
-    load = {**load, "device": device, "dtype": load.get("dtype") or models.default_dtype(device)}
+    load = {**load, "device": torch.device(device).type, "dtype": load.get("dtype") or models.default_dtype(device)}
     parts = [VERSION, lm, hook, {k: str(v) for k, v in load.items()}, rest]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """A folder of shards, filled by any number of processes and of machines that share it.
 
-There is no lock: who makes a shard says so in a file of its own, its claim. At worst a shard is made twice, with the same bytes.
+There is no lock: who makes a shard says so in a file of its own, its claim, and renews it. At worst a shard is made twice, with the
+same bytes: clocks of machines that share a folder should agree within minutes.
 """
 
 import json
@@ -8,8 +9,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from saeutils.lm import models
 from saeutils.lm.collector import Collector, pools, tokenize
 
 HOST = socket.gethostname()
-STALE = 600.0  # seconds after which a claim is taken to be abandoned, whoever made it
+STALE = 600.0  # seconds after which a claim that was not renewed is taken to be abandoned, whoever made it
+RENEWED = 20.0  # seconds between two renewals
 
 
 def name_of(n: int) -> str:
@@ -39,6 +41,10 @@ class Filling:
         self.windows = tokenize(text, tokenizer, settings["context"], settings["n_tokens"], settings["seed"])
         self.cut = pools(self.windows, settings["seed"])
         self.known = files.read_json(folder / "meta.json").get("shards", {})
+        for card in folder.glob("shard-*.json"):  # of a run that was stopped: is the shard beside it what it says?
+            shard = card.with_suffix(".safetensors")
+            if not shard.exists() or files.sha256_of(shard) != files.read_json(card).get("sha256"):
+                card.unlink(missing_ok=True)
 
     @cached_property
     def collector(self) -> Collector:
@@ -52,9 +58,10 @@ class Filling:
         """Stands beside a whole shard until all are made: rows, width, SHA-256."""
         return (self.folder / name_of(n)).with_suffix(".json")
 
-    def is_made(self, n: int) -> bool:
-        """Is shard ``n`` there, whoever made it?"""
-        return name_of(n) in self.known or self.card(n).exists() or self.complete()
+    def made(self, numbers: Iterable[int]) -> set[int]:
+        """Which of these shards are there, whoever made them."""
+        complete = self.complete()
+        return {n for n in numbers if complete or name_of(n) in self.known or self.card(n).exists()}
 
     def complete(self) -> bool:
         """Has somebody written down that all are made?"""
@@ -64,7 +71,7 @@ class Filling:
         """Make shard ``n``, unless it is there or another process is at it."""
         path = self.folder / name_of(n)
         with _claimed(path) as mine:
-            if not mine or self.is_made(n):
+            if not mine or self.made([n]):
                 return
             rows = self.collector.rows(self.cut[n], self.windows, self.settings["outlier"])
             with files.whole(path) as tmp:
@@ -100,23 +107,29 @@ def fill(folder: Path, lm: str, hook: str, text: Dataset, settings: dict, load: 
     """
     arguments = dict(folder=folder, lm=lm, hook=hook, text=text, settings=settings, load=load)
     filling = Filling(**arguments)
-    left = {n for n in range(len(filling.cut)) if not filling.is_made(n)}
+    left = set(range(len(filling.cut)))
+    left -= filling.made(left)
     done = sum(filling.tokens(n) for n in range(len(filling.cut)) if n not in left)
     total = done + sum(map(filling.tokens, left))
     with tqdm(total=total, initial=done, unit=" tok", unit_scale=True, desc=hook) as bar:
 
         def count() -> None:
-            made = {n for n in left if filling.is_made(n)}
+            made = filling.made(left)
             left.difference_update(made)
             bar.update(sum(map(filling.tokens, made)))
 
-        if workers > 1 and left:
-            helpers = {str(i): arguments for i in range(min(workers, len(left)))}
-            at_work = threading.Thread(target=lambda: list(parallel.each(_help, helpers, len(helpers))), daemon=True)
+        if workers > 1 and len(left) > 1:
+            helpers, failed = {str(i): arguments for i in range(min(workers, len(left)))}, []
+            at_work = threading.Thread(target=lambda: failed.extend(o.failed for _, o in parallel.each(_help, helpers, len(helpers))), daemon=True)
             at_work.start()
-            while at_work.is_alive():
-                at_work.join(0.2)
-                count()
+            try:
+                while at_work.is_alive():
+                    at_work.join(0.2)
+                    count()
+            finally:  # with the LMs that they hold; after an interrupt, too
+                parallel.end()
+            if any(failed):
+                print(f"a worker failed, this process makes the rest: {next(filter(None, failed)).strip().splitlines()[-1]}")
         for _ in _in_turn(filling, left):  # alone, or what processes that died have left
             count()
     filling.sealed()
@@ -124,9 +137,9 @@ def fill(folder: Path, lm: str, hook: str, text: Dataset, settings: dict, load: 
 
 def _help(**arguments) -> None:
     filling = Filling(**arguments)
-    left = {n for n in range(len(filling.cut)) if not filling.is_made(n)}
-    for n in sorted(left):
-        filling.make(n)
+    for n in range(len(filling.cut)):
+        if not filling.made([n]):
+            filling.make(n)
 
 
 def _in_turn(filling: Filling, left: set[int]) -> Iterator[None]:
@@ -147,31 +160,44 @@ def _in_turn(filling: Filling, left: set[int]) -> Iterator[None]:
 @contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
     """True in the block for who may make ``path``; others are let in when its process has died or was silent for STALE seconds."""
-    claim = path.with_name(f".claim-{path.stem}")
-    if _abandoned(claim):
-        claim.unlink(missing_ok=True)
+    claim, own = path.with_name(f".claim-{path.stem}"), f"{os.getpid()} {HOST}"
+    silent, dead = _owner(claim)
+    if dead:
         for half in path.parent.glob(f"{files.WRITING}{path.stem}-*"):
             half.unlink(missing_ok=True)
+    if dead or silent > STALE:
+        claim.unlink(missing_ok=True)
     try:
         handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         yield False
         return
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(RENEWED):
+            with suppress(FileNotFoundError):
+                os.utime(claim)
+
     try:
-        os.write(handle, f"{os.getpid()} {HOST}".encode())
+        os.write(handle, own.encode())
         os.close(handle)
+        threading.Thread(target=renew, daemon=True).start()
         yield True
     finally:
-        claim.unlink(missing_ok=True)
+        over.set()
+        if claim.exists() and claim.read_text() in (own, ""):
+            claim.unlink(missing_ok=True)
 
 
-def _abandoned(claim: Path) -> bool:
+def _owner(claim: Path) -> tuple[float, bool]:
+    """How many seconds ago a claim was renewed, and whether it is of a process of this machine that is dead."""
     try:
         pid, _, host = claim.read_text().partition(" ")
         silent = time.time() - claim.stat().st_mtime
     except FileNotFoundError:
-        return False
-    return silent > STALE or (host == HOST and not _alive(int(pid)))
+        return 0.0, False
+    return silent, host == HOST and not _alive(int(pid))
 
 
 def _alive(pid: int) -> bool:

@@ -14,6 +14,8 @@ from saeutils.lm import batches, corpus
 from saeutils.lm.activations import split_of
 from saeutils.lm.collector import Collector, shard_tokens, taken, windows_of
 
+TOP_UP = 256  # tokens read at least: outliers are known by a pool's median
+
 
 def stream(
     lm: str, hook: str, text: Dataset, *, batch_size: int = 4096, context: int = 128, outlier: float = 10.0,
@@ -57,10 +59,11 @@ def _streamed(
     for epoch in count():
         pieces, filled = windows_of(text, collector.tokenizer, context, seed + epoch, train), 0
         for n in count():
-            windows = taken(pieces, collector.tokenizer, int(min(shard, wanted - given - used)))
+            missing = wanted - given - used
+            windows = taken(pieces, collector.tokenizer, int(min(shard, max(TOP_UP, missing))))
             if not windows.tokens:
                 break
-            x = collector.rows(range(len(windows.tokens)), windows, outlier)["x"]
+            x = collector.rows(range(len(windows.tokens)), windows, outlier)["x"][: int(min(missing, shard))]
             if not len(pool):
                 pool = x.new_empty(int(min((buffer + 1) * shard, wanted)), x.shape[1])
             pool[used : used + len(x)] = x

@@ -195,8 +195,6 @@ def edited(lm: TransformerBridge, edits: Iterable[Edit]):
     door(lm=lm)
     edits = list(edits)
     given = [apply for _, apply in edits if getattr(apply, "wanted", None) is not None]
-    for apply in given:
-        apply.met = False
     if missing := sorted({name for name, _ in edits} - set(lm.hook_dict)):
         raise ValueError(f"{lm.cfg.model_name} has no hook points {missing}; it has blocks 0…{lm.cfg.n_layers - 1}")
     with _FIRST:
@@ -214,6 +212,8 @@ def edited(lm: TransformerBridge, edits: Iterable[Edit]):
         return lambda x, hook=None: apply(x, hook=hook) if threading.get_ident() == owner else None
 
     with lock, lm.hooks(fwd_hooks=[(name, bound(apply)) for name, apply in edits]):
+        for apply in given:
+            apply.met = False
         told = lm.original_model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             yield lm

@@ -56,6 +56,13 @@ def require(saes: dict[str, TrainingSAE], batches: object, dead: str, **options)
             raise ValueError("train inside torch.autocast would compute in another precision than it says: leave the block")
 
 
+def plain(value: object) -> object:
+    """A number as Python's own, a whole float as int: numpy's and PyTorch's cannot be read back from a checkpoint."""
+    if isinstance(value, tuple | list):
+        return tuple(map(plain, value))
+    return value.item() if hasattr(value, "item") else value
+
+
 def first(stream: Iterator[Tensor], saes: dict[str, TrainingSAE]) -> Tensor:
     """The first batch, [batch, d_in].
 

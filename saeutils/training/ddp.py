@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--architecture", choices=MADE, default="topk")
     parser.add_argument("--latents", type=int, required=True)
-    parser.add_argument("--l0", type=float, default=32, help="active latents a row; for relu the L1 coefficient")
+    parser.add_argument("--l0", type=float, help="active latents a row (32); of relu the L1 coefficient (0.1)")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=4096, help="rows a step, of all processes together")
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -64,13 +64,14 @@ def main() -> None:
     acts = activations.collect(asked.lm, asked.hook, documents, n_tokens=asked.tokens, context=asked.context, device=device)
     kind, config, sparsity = MADE[asked.architecture]
     torch.manual_seed(asked.seed)
-    sae = kind(config(d_in=acts.d, d_sae=asked.latents, device=device, **{sparsity: asked.l0}))
+    amount = asked.l0 or (0.1 if asked.architecture == "relu" else 32)
+    sae = kind(config(d_in=acts.d, d_sae=asked.latents, device=device, **{sparsity: amount}))
     initializers.random_decoder(sae, asked.seed)
     batches = partial(acts.batches, asked.batch, seed=asked.seed, normalise="rms", centre=True)
+    x = acts.sample(8192, "test")["x"]  # before the work: is there any?
     checkpoint = asked.out.with_name(asked.out.name + "-checkpoints")
     train(sae, batches, asked.steps, lr=asked.lr, checkpoint=checkpoint, checkpoint_every=asked.every, seed=asked.seed)
     if ranks.rank() == 0:
-        x = acts.sample(8192, "test")["x"]
         initializers.fold_scale(sae, acts.scale(normalise="rms"), acts.mean.to(device))
         sae.save_inference_model(asked.out)
         print(f"{asked.out}: {metrics.evaluate(sae, x.to(device))}")

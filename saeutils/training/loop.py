@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from saeutils.kernels import memory, optim, ranks, traces
 from saeutils.lm import provenance
-from saeutils.metrics import fvu, orthogonality
+from saeutils.metrics import orthogonality
 from saeutils.saes import initializers
 from saeutils.saes.base import aux_loss
 from saeutils.training import checkpoints, checks, together
@@ -65,14 +65,13 @@ class _Trainer(SAETrainer):
         with together.unchanged_if_it_fails(self):
             output = self.step(ranks.part(batch))
         self.n_training_steps = done = self.n_training_steps + 1
-        self.n_training_samples = done * len(batch)
+        self.n_training_samples, self.last = done * len(batch), batch
         if o.dead in RESAMPLERS and done % o.dead_every == 0 and done <= o.dead_until * o.steps:
             self._resample()
         if done % o.log_every == 0 or done in (1, o.steps):
             self.rows.append(self._row(output))
             if o.callback:
                 o.callback(done, self.sae, self.rows[-1])
-        self.last = batch
         if self.folder and (done % o.checkpoint_every == 0 or done == o.steps) and ranks.rank() == 0:
             checkpoints.save(self.folder, self, batch)
 
@@ -90,7 +89,7 @@ class _Trainer(SAETrainer):
     def _row(self, output: TrainStepOutput) -> dict:
         x, acts = output.sae_in, output.feature_acts
         active = (acts._values() > 0).sum() if acts.is_sparse else (acts != 0).sum()
-        here = {"loss": output.loss, **output.losses, "fvu": fvu(x, output.sae_out), "l0": float(active) / len(x)}
+        here = {"loss": output.loss, **output.losses, "fvu": together.fvu(x, output.sae_out), "l0": float(active) / len(x)}
         measured = ranks.mean(torch.tensor([float(value) for value in here.values()], dtype=torch.double, device=x.device))
         return {
             **({"sae": self.name} if self.name else {}),
@@ -215,11 +214,15 @@ def train(
         saes, batches, dead, steps=steps, lr=lr, betas=betas, warm_up=warm_up, decay=decay, median_rows=median_rows, dead_window=dead_window, dead_every=dead_every,
         dead_until=dead_until, dead_threshold=dead_threshold, aux_k=aux_k, log_every=log_every, checkpoint_every=checkpoint_every, seed=seed,
     )  # fmt: skip
-    steps, seed, size = int(steps), int(seed), WINDOW if orders else 1  # an order of its own is drawn for whole windows
+    steps, lr, betas, warm_up, decay, median_rows, dead_window, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every, seed = map(
+        checks.plain, (steps, lr, betas, warm_up, decay, median_rows, dead_window, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every, seed)
+    )  # fmt: skip
+    steps, size = int(steps), WINDOW if orders else 1  # an order of its own is drawn for whole windows
     folders = {name: Path(checkpoint) / name for name in saes} if checkpoint else {}
     with checkpoints.alone(folders if ranks.rank() == 0 else {}):
         found = checkpoints.newest_of_all(folders)
         start = checkpoints.step_of(next(iter(found.values()))) if found else 0
+        together.agree(start, list(saes), median_rows=median_rows, log_every=log_every, checkpoint_every=checkpoint_every)
         at = max(0, start - 1) // size * size  # the last batch that a checkpoint saw is read again: is it the same?
         made = batches(start=at) if callable(batches) else batches
         stream = iter(made) if callable(batches) else islice(iter(made), at, None)
@@ -250,7 +253,7 @@ def train(
                 optim.normalise_rows(one.W_dec)
             asked = replace(options, order=orders[name]) if orders else options
             trainers.append(trainer := _Trainer(name, cfg, one, asked, folders.get(name)))
-            together.require(trainer, held[0], start)
+            together.require(trainer, held[0])
             trainer.start = began
             if found:
                 checkpoints.restore(found[name], trainer)
@@ -276,7 +279,7 @@ def _run(
         for trainer, own in zip(trainers, seen) if step < start else ():
             checkpoints.require_rows(found[trainer.name], trainer, own[start - 1 - step])
         for i in range(max(start - step, 0), min(size, steps - step)):
-            together.stop_if_told()
+            together.stop_if_told(trainers[0])
             for trainer, own in zip(trainers, seen):
                 trainer.advance(own[i])
             bar.update()

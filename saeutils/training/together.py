@@ -3,6 +3,9 @@
 Each reads the same batches and takes its part of every one; gradients are averaged and latents counted over all, so all
 hold the same weights after every step, and process 0 writes the checkpoints. Gradients of an SAE come out of one function
 (:mod:`saeutils.kernels.sparse`) all at once: there is nothing that DistributedDataParallel's buckets could overlap with.
+
+Where a process dies, the others end with a checkpoint of the last whole step: so on gloo. NCCL tells nobody, its processes
+are killed by torchrun while they wait; there the checkpoints of every ``checkpoint_every`` steps are what remains.
 """
 
 import hashlib
@@ -12,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from saeutils import metrics
 from saeutils.kernels import ranks
 from saeutils.saes.batchtopk import SparseBatchTopKTrainingSAE
 from saeutils.saes.jumprelu import SparseJumpReLUTrainingSAE
@@ -26,7 +29,16 @@ KNOWN = (SparseTopKTrainingSAE, SparseBatchTopKTrainingSAE, SparseJumpReLUTraini
 _TOLD = threading.Event()  # the system has asked this process to end
 
 
-def require(trainer, batch: Tensor, start: int) -> None:
+def agree(start: int, saes: list[str], **options) -> None:
+    """What must be alike before the first exchange: where they go on from, how many SAEs, when they measure.
+
+    Raises:
+        ValueError: it differs between the processes.
+    """
+    ranks.require_alike({"the step they go on from": start, "SAEs": saes, **options})
+
+
+def require(trainer, batch: Tensor) -> None:
     """All processes came with the same options, weights and rows, and their number divides the batch.
 
     Raises:
@@ -40,11 +52,20 @@ def require(trainer, batch: Tensor, start: int) -> None:
     if len(batch) % ranks.world():
         raise ValueError(f"batches of {len(batch):,} rows cannot be divided among {ranks.world()} processes: take a multiple")
     weights = {name: _hash(p) for name, p in trainer.sae.named_parameters()}
-    ranks.require_alike({**trainer.settings, "the step they go on from": start, "weights": weights, "rows": _hash(batch)})
+    ranks.require_alike({**trainer.settings, "weights": weights, "rows": _hash(batch)})
 
 
 def _hash(x: Tensor) -> str:
-    return hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def fvu(x: Tensor, reconstruction: Tensor) -> float:
+    """:func:`saeutils.metrics.fvu` of all processes' rows."""
+    if ranks.world() == 1:
+        return metrics.fvu(x, reconstruction)
+    centre = ranks.mean(x.float().mean(0))
+    errors = ranks.total((x - reconstruction).float().pow(2).sum())
+    return float(errors / ranks.total((x.float() - centre).pow(2).sum()))
 
 
 @contextmanager
@@ -63,12 +84,14 @@ def unchanged_if_it_fails(trainer) -> Iterator[None]:
         raise
 
 
-def stop_if_told() -> None:
-    """Raises:
-    RuntimeError: this process was asked to end (SIGTERM, as torchrun does when another has died).
+def stop_if_told(trainer) -> None:
+    """All stop at the same step, if one was asked to end (SIGTERM, as torchrun does when another has died).
+
+    Raises:
+        Broken: one was, or is gone.
     """
-    if _TOLD.is_set():
-        raise RuntimeError("asked to end")
+    if ranks.world() > 1 and float(ranks.total(trainer.clip.new_tensor(float(_TOLD.is_set())))):
+        raise ranks.Broken("asked to end")
 
 
 @contextmanager
@@ -85,24 +108,26 @@ def saved_at_the_end(trainers: list) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, lambda *_: _TOLD.set())
     try:
         yield
-        dist.barrier()  # the last checkpoint is there for all
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
+        ranks.meet()  # the last checkpoint is there for all
+    except ranks.Broken as error:
         done, kept = trainers[0].n_training_steps, _save(trainers)
         what = f"one of the {ranks.world()} processes died, or was asked to end, after step {done:,}"
-        fix = "saved: the same command goes on from there" if kept else "not saved, as train was given no checkpoint folder"
-        raise RuntimeError(f"{what}; {fix} ({str(error).splitlines()[0][:120]})") from error
+        why = str(error).splitlines()[0][:120]
+        raise RuntimeError(f"{what}; {kept} ({why})") from error
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _save(trainers: list) -> bool:
-    """Process 0 writes; should it be the dead one, whoever of the others gets its lock."""
+def _save(trainers: list) -> str:
+    """Process 0 writes; should it be the dead one, whoever of the others gets its lock. Says what is there now."""
     folders = {t.name: t.folder for t in trainers if t.folder}
+    steps = {t.n_training_steps for t in trainers}
     with checkpoints.alone({} if ranks.rank() == 0 else folders):
-        for trainer in trainers if folders else ():
+        for trainer in trainers if folders and len(steps) == 1 and steps != {0} else ():
             there = checkpoints.newest(trainer.folder)
-            if trainer.n_training_steps and (there is None or checkpoints.step_of(there) < trainer.n_training_steps):
+            if there is None or checkpoints.step_of(there) < trainer.n_training_steps:
                 checkpoints.save(trainer.folder, trainer, trainer.last)
-    return bool(folders)
+        found = checkpoints.newest_of_all(folders)
+    if not found:
+        return "nothing is saved: train was given no checkpoint folder, or had not come to one"
+    return f"saved is step {checkpoints.step_of(next(iter(found.values()))):,}: the same command goes on from there"

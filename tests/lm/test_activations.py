@@ -197,7 +197,7 @@ def test_a_stream_that_knows_its_steps_makes_no_row_that_nobody_gets(wiki, monke
         assert [len(batch) for batch in made] == [256] * steps
         assert len(torch.cat(made).unique(dim=0)) > 0.99 * 256 * steps, "no row is given twice"
         assert set().union(*(docs for _, docs in run)) <= train
-        assert sum(tokens for tokens, _ in run) <= 1.02 * 256 * steps  # attention sinks are dropped
+        assert sum(tokens for tokens, _ in run) <= 1.02 * 256 * steps + streams.TOP_UP  # attention sinks are dropped, and made up for
     rest = list(streams.stream("gemma-3-270m", HOOK, wiki, batch_size=256, context=64, buffer=1, steps=9, start=4))
     again = list(streams.stream("gemma-3-270m", HOOK, wiki, batch_size=256, context=64, buffer=1, steps=9))
     assert all(torch.equal(a, b) for a, b in zip(rest, again[4:])) and len(rest) == 5

@@ -80,7 +80,7 @@ def test_dead_latents_come_back(rows, dead):
     if dead == "aux_k":
         assert history["aux_k_loss"].iloc[-1] > 0
     else:
-        assert history["resampled"].iloc[-1] >= 100
+        assert history["resampled"].iloc[-1] >= (100 if dead == "post" else 10)  # two of a hundred at a time
         assert history["dead"].iloc[-1] < 0.1
 
 
