@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     "table": ("what features.latent_table gives", _has("acts", "doc", "n_docs")),
     **dict.fromkeys(("change", "decoder", "work"), ("a function", callable)),
     **dict.fromkeys(("path", "folder", "source"), ("a path", lambda v: isinstance(v, (str, Path)) and bool(str(v).strip()))),
-    **dict.fromkeys(("jobs", "histories"), ("names and what they stand for, at least one", lambda v: isinstance(v, Mapping) and len(v) > 0)),
+    "jobs": ("names and what they stand for, at least one", lambda v: isinstance(v, Mapping) and len(v) > 0),
     "betas": ("two numbers from 0 to below 1", lambda v: isinstance(v, Sequence) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v)),
     "matched": ("what matching.compare gives", lambda v: hasattr(v, "columns") and {"decoder", "encoder", "same"} <= set(v)),
 }  # fmt: skip

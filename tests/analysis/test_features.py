@@ -121,9 +121,6 @@ def test_widgets_react(lm, sae, table):
     assert texts.value != before
     search.value = "cat"
     assert len(found.options) == 12
-    history = pd.DataFrame({"step": [1, 2], "samples": [1, 2], "loss": [2.0, 1.0], "fvu": [1.0, 0.5]})
-    curves = widgets.history_panel({"a": history, "b": history})
-    curves.children[0].children[1].value = "loss"
 
 
 def test_plots_save_numbers_beside_pictures(tmp_path):

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import tiny
 import torch
@@ -246,7 +245,6 @@ TABLE = {
     "notebook.between": row(lambda: dict(low=-0.5, high=0.5), low="bound", high="bound"),
     "notebook.choose": row(lambda: dict(scale="smoke", table={"smoke": dict(a=1)}), scale="choice", table="mapping"),
     "notebook.seed": row(lambda: dict(i=1), i="seed"),
-    "notebook.widgets.history_panel": row(lambda: dict(histories={"a": pd.DataFrame({"step": [1], "fvu": [0.1]})}), histories="mapping"),
     "notebook.widgets.retrain_panel": row(lambda: dict(x=ROWS, heldout=ROWS[:50], l1=2.0, gain=0.1), x="matrix", heldout="matrix", l1="positive", gain="positive"),
     "notebook.widgets.latent_panel": row(lambda: dict(lm=lm(), sae=topk(), table=table(), latent=3), lm="lm", sae="sae", table="sae", latent=ELSEWHERE),
 }  # fmt: skip

@@ -69,39 +69,6 @@ def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, l
     return w.VBox([w.HBox([number, search, found]), w.HBox([chart, tokens]), texts])
 
 
-def history_panel(histories: dict[str, pd.DataFrame]) -> w.Widget:
-    """Choose runs and a column of their training histories; see the curves."""
-    door(histories=histories)
-    columns = [c for c in next(iter(histories.values())).columns if c not in ("step", "samples")]
-    runs = w.SelectMultiple(options=list(histories), value=tuple(histories), rows=6, **_wide("runs"))
-    column = w.Dropdown(options=columns, value="fvu" if "fvu" in columns else columns[0], **_wide("column"))
-    smooth = w.IntSlider(value=1, min=1, max=50, **_wide("smoothing"))
-    log, chart = w.Checkbox(value=False, **_wide("log scale")), w.Output()
-
-    def show(_=None) -> None:
-        chart.clear_output(wait=True)
-        frames = [
-            pd.DataFrame(
-                {"step": h["step"], "value": h[column.value].rolling(smooth.value, min_periods=1).mean(), "run": name}
-            )
-            for name, h in histories.items()
-            if name in runs.value and column.value in h
-        ]
-        with chart:
-            fig, (ax,) = plots.panels(1, 6.5, 3.6)
-            if frames:
-                plots.lines(ax, pd.concat(frames), "step", "value", "run")
-                ax.legend(fontsize=8)
-            ax.set(ylabel=column.value, yscale="log" if log.value else "linear")
-            display(fig)
-            plt.close(fig)
-
-    for control in (runs, column, smooth, log):
-        control.observe(show, "value")
-    show()
-    return w.HBox([w.VBox([runs, column, smooth, log]), chart])
-
-
 def match_panel(
     matched: dict[str, pd.DataFrame], tables: dict[str, tuple[features.LatentTable, features.LatentTable]], tokenizer
 ) -> w.Widget:
