@@ -50,12 +50,13 @@ class _Trainer(SAETrainer):
         self.recent: deque[Tensor] = deque(maxlen=-(-RESAMPLE_FROM // cfg.train_batch_size_samples))
         self.generator = torch.Generator().manual_seed(options.seed)
         warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
-        self.settings = {  # a checkpoint goes on only with the same
+        settings = {  # a checkpoint goes on only with the same
             "version": VERSION,
             **{k: v for k, v in vars(options).items() if k not in ("log_every", "checkpoint_every", "callback")},
             "batch": cfg.train_batch_size_samples, "lr": cfg.lr, "betas": (cfg.adam_beta1, cfg.adam_beta2),
             "warm_up": warm_up, "decay": decay, "dead_window": cfg.dead_feature_window, **({"at_once": AT_ONCE} if options.dead == "anthropic" else {}),
         }  # fmt: skip
+        self.settings = {name: checks.plain(value) for name, value in settings.items()}
 
     def advance(self, batch: Tensor) -> None:
         """One step, and whatever is due after it: resampling, a row of history, a checkpoint."""
@@ -214,10 +215,8 @@ def train(
         saes, batches, dead, steps=steps, lr=lr, betas=betas, warm_up=warm_up, decay=decay, median_rows=median_rows, dead_window=dead_window, dead_every=dead_every,
         dead_until=dead_until, dead_threshold=dead_threshold, aux_k=aux_k, log_every=log_every, checkpoint_every=checkpoint_every, seed=seed,
     )  # fmt: skip
-    steps, lr, betas, warm_up, decay, median_rows, dead_window, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every, seed = map(
-        checks.plain, (steps, lr, betas, warm_up, decay, median_rows, dead_window, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every, seed)
-    )  # fmt: skip
-    steps, size = int(steps), WINDOW if orders else 1  # an order of its own is drawn for whole windows
+    steps, seed, lr, betas = int(steps), int(seed), checks.plain(lr), checks.plain(betas)
+    size = WINDOW if orders else 1  # an order of its own is drawn for whole windows
     folders = {name: Path(checkpoint) / name for name in saes} if checkpoint else {}
     with checkpoints.alone(folders if ranks.rank() == 0 else {}):
         found = checkpoints.newest_of_all(folders)
@@ -240,10 +239,7 @@ def train(
             lr_warm_up_steps=steps // 20 if warm_up is None else warm_up, lr_decay_steps=steps // 5 if decay is None else decay,
             adam_beta1=betas[0], adam_beta2=betas[1], device=str(device), dead_feature_window=dead_window,
         )  # fmt: skip
-        options = Options(
-            steps, unit_norm, median_rows, dead, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every,
-            callback, seed,
-        )  # fmt: skip
+        options = Options(steps, unit_norm, median_rows, dead, dead_every, dead_until, dead_threshold, aux_k, log_every, checkpoint_every, callback, seed)
         trainers: list[_Trainer] = []
         for name, one in saes.items():
             began = traces.of(one) if folders else {}

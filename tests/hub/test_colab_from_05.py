@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 SCALE = "colab"
+pytestmark = pytest.mark.rehearsal
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))[4:]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 SCALE = "paper"
-pytestmark = pytest.mark.paper
+pytestmark = pytest.mark.rehearsal
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))[:4]
 
 

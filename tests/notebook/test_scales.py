@@ -44,7 +44,7 @@ def test_caps_cut_and_make_a_rehearsal(monkeypatch):
 def test_which_scale_runs(monkeypatch):
     monkeypatch.setenv("SAEUTILS_SCALE", "colab")
     assert scales.current() == "colab" and scales.current("smoke") == "smoke"
-    with pytest.raises(ValueError, match="unknown scale 'huge': one of smoke"):
+    with pytest.raises(ValueError, match="unknown scale='huge': one of smoke"):
         scales.current("huge")
 
 

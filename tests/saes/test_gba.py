@@ -138,7 +138,7 @@ def test_bad_settings_and_inputs_are_refused():
             config(frequencies=bad)
     with pytest.raises(ValueError, match="3 groups do not divide d_sae=40"):
         config(frequencies=[0.3, 0.2, 0.1])
-    with pytest.raises(ValueError, match="every=0 must be at least 1"):
+    with pytest.raises(ValueError, match="every=0: expected a whole number of at least 1"):
         config(every=0)
     with pytest.raises(ValueError, match="gba needs 1: batches"):
         train(make(), iter([3 * rows()]), 1, progress=False)
