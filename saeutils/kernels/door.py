@@ -92,6 +92,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("change", "decoder", "work"), ("a function", callable)),
     **dict.fromkeys(("path", "folder", "source"), ("a path", lambda v: isinstance(v, (str, Path)) and bool(str(v).strip()))),
     "jobs": ("names and what they stand for, at least one", lambda v: isinstance(v, Mapping) and len(v) > 0),
+    "fractions": ("three shares, of train, validation and test, that add up to 1", lambda v: isinstance(v, (tuple, list)) and len(v) == 3 and min(v) >= 0 and abs(sum(v) - 1) < 1e-6),
+    "stages": ("the steps of both stages, two whole numbers of which one may be 0", lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(_whole(n) and n >= 0 for n in v) and sum(v) > 0),
     "betas": ("two numbers from 0 to below 1", lambda v: isinstance(v, Sequence) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v)),
     "matched": ("what matching.compare gives", lambda v: hasattr(v, "columns") and {"decoder", "encoder", "same"} <= set(v)),
 }  # fmt: skip
@@ -107,6 +109,11 @@ def door(**given: object) -> None:
         expected, fits = RULES[name]
         if not fits(value):
             raise ValueError(f"{name}={_said(value)}: expected {expected}")
+
+
+def optionally(**given: object) -> None:
+    """As :func:`door`, for arguments of which None means that nothing is asked for."""
+    door(**{name: value for name, value in given.items() if value is not None})
 
 
 def whole_numbers(given: object, name: str, wanted: str) -> list[int]:

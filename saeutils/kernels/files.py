@@ -114,14 +114,14 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
-def read_json(path: Path) -> dict:
-    """What a JSON file holds; nothing where there is none, or where a disk has truncated it, which is said."""
+def read_json(path: Path, then: str = "") -> dict:
+    """What a JSON file holds; nothing where there is none, or where a disk has truncated it, which is said, and what happens ``then``."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except ValueError:
-        print(f"{path} is damaged")
+        print(f"{path} is damaged{then and ': '}{then}")
         return {}
 
 

@@ -73,8 +73,7 @@ def least(x: float) -> float:
 def largest(values: Tensor, k: int) -> Tensor:
     """Which of ``values`` [n] are among the ``k`` largest of all processes', as positions in order; of equal ones at the edge all."""
     if world() == 1:
-        kept = values.topk(k, sorted=False).indices if k < len(values) else torch.arange(len(values), device=values.device)
-        return kept.sort().values
+        return values.topk(min(k, len(values)), sorted=False).indices.sort().values
     own = values.topk(min(k, len(values)), sorted=False).values
     sizes = [own.new_zeros((), dtype=torch.long) for _ in range(world())]
     with _exchange():

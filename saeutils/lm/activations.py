@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saeutils.kernels import files
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, optionally
 from saeutils.lm import batches, corpus, shards
 
 SPLITS = ("train", "validation", "test")
@@ -50,9 +50,8 @@ def collect(
         ValueError: unknown hook or layer, too little text, non-finite activations; what :mod:`saeutils.lm.corpus` refuses.
     """
     door(hook=hook, seed=seed, context=context, batch_tokens=batch_tokens, outlier=outlier, workers=workers)
-    if n_tokens is not None:
-        door(n_tokens=n_tokens)
-        n_tokens = int(n_tokens)
+    optionally(n_tokens=n_tokens)
+    n_tokens = n_tokens and int(n_tokens)
     settings = dict(n_tokens=n_tokens, context=int(context), outlier=float(outlier), seed=int(seed), batch_tokens=int(batch_tokens))
     corpus.require(lm, text)
     folder = files.cache_dir("activations", corpus.key(lm, hook, text, load, **settings))
@@ -79,9 +78,7 @@ class Activations:
     """
 
     def __init__(self, folder: str | Path, fractions: tuple[float, float, float] = FRACTIONS):
-        door(folder=folder)
-        if not isinstance(fractions, tuple | list) or len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-            raise ValueError(f"fractions={fractions!r}: expected three shares, of train, validation and test, that add up to 1")
+        door(folder=folder, fractions=fractions)
         self.folder, self.fractions = Path(folder), fractions
         self.meta = files.read_json(self.folder / "meta.json")
         self.d: int = self.meta.get("d", 0)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from saeutils.kernels import files, search
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, optionally
 from saeutils.lm import archives, embedded, parts
 from saeutils.lm.tokens import bos_of
 
@@ -79,8 +79,7 @@ def _load(
     """``bos``: the tokenizer shall put BOS in front by itself, as a bridge's does."""
     if not isinstance(name, (str, Path)) or not str(name).strip():
         raise ValueError(f"name={name!r}: give a model's name, folder or hub id")
-    if layers is not None:
-        door(layers=layers)
+    optionally(layers=layers)
     name, device = str(name), device or default_device()
     dtype = dtype or default_dtype(device)
     source = located(name)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 from datasets import Dataset
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -41,10 +42,6 @@ class Filling:
         self.windows = tokenize(text, tokenizer, settings["context"], settings["n_tokens"], settings["seed"])
         self.cut = pools(self.windows, settings["seed"])
         self.known = files.read_json(folder / "meta.json").get("shards", {})
-        for card in folder.glob("shard-*.json"):  # of a run that was stopped: is the shard beside it what it says?
-            shard = card.with_suffix(".safetensors")
-            if not shard.exists() or files.sha256_of(shard) != files.read_json(card).get("sha256"):
-                card.unlink(missing_ok=True)
 
     @cached_property
     def collector(self) -> Collector:
@@ -80,7 +77,7 @@ class Filling:
             with files.whole(self.card(n)) as tmp:
                 tmp.write_text(json.dumps(about))
 
-    def sealed(self) -> None:
+    def seal(self) -> None:
         """Write down that all shards are made, and of each its rows and SHA-256."""
         cards = {name_of(n): files.read_json(self.card(n)) for n in range(len(self.cut)) if name_of(n) not in self.known}
         if self.complete():  # another was quicker, and may have taken the cards away
@@ -105,6 +102,10 @@ def fill(folder: Path, lm: str, hook: str, text: Dataset, settings: dict, load: 
     Raises:
         ValueError: as :func:`saeutils.lm.activations.collect`.
     """
+    for card in folder.glob("shard-*.json"):  # of a run that was stopped: is the shard beside it what it says?
+        shard = card.with_suffix(".safetensors")
+        if not shard.exists() or files.sha256_of(shard) != files.read_json(card).get("sha256"):
+            card.unlink(missing_ok=True)
     arguments = dict(folder=folder, lm=lm, hook=hook, text=text, settings=settings, load=load)
     filling = Filling(**arguments)
     left = set(range(len(filling.cut)))
@@ -132,7 +133,7 @@ def fill(folder: Path, lm: str, hook: str, text: Dataset, settings: dict, load: 
                 print(f"a worker failed, this process makes the rest: {next(filter(None, failed)).strip().splitlines()[-1]}")
         for _ in _in_turn(filling, left):  # alone, or what processes that died have left
             count()
-    filling.sealed()
+    filling.seal()
 
 
 def _help(**arguments) -> None:
@@ -197,14 +198,4 @@ def _owner(claim: Path) -> tuple[float, bool]:
         silent = time.time() - claim.stat().st_mtime
     except FileNotFoundError:
         return 0.0, False
-    return silent, host == HOST and not _alive(int(pid))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+    return silent, host == HOST and not psutil.pid_exists(int(pid))

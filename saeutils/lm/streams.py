@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, optionally
 from saeutils.lm import batches, corpus
 from saeutils.lm.activations import split_of
 from saeutils.lm.collector import Collector, shard_tokens, taken, windows_of
@@ -37,8 +37,7 @@ def stream(
             training than the pool holds.
     """
     door(hook=hook, batch_size=batch_size, context=context, outlier=outlier, seed=seed, buffer=buffer, start=start)
-    if steps is not None:
-        door(steps=steps)
+    optionally(steps=steps)
     shard = shard_tokens()
     if batch_size > buffer * shard:
         raise ValueError(f"buffer={buffer} shards of {shard:,} rows must hold a batch of {batch_size:,}")

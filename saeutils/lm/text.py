@@ -9,7 +9,7 @@ import pandas as pd
 from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, optionally
 from saeutils.lm import archives
 
 
@@ -103,8 +103,7 @@ def load_text(name: str, max_docs: int | None = None) -> Dataset:
         ConnectionError: the hub is out of reach.
     """
     door(name=name)
-    if max_docs is not None:
-        door(max_docs=max_docs)
+    optionally(max_docs=max_docs)
     if name in HUB:
         if max_docs is None:
             raise ValueError(

@@ -17,7 +17,7 @@ from sae_lens.saes.sae import SAE, SAEConfig, TrainStepInput
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from torch import Tensor, nn
 
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, optionally
 from saeutils.saes.alignlosses import bind_loss, decorrelation, sparse_decorrelation, value_loss
 from saeutils.saes.base import SavedWhole, register
 from saeutils.saes.standard import SparseStandardTrainingSAE, SparseStandardTrainingSAEConfig
@@ -79,8 +79,7 @@ class AlignTrainingSAEConfig(SparseStandardTrainingSAEConfig):
         door(slots=self.slots, answers=self.answers, bind=self.bind, decorrelate=self.decorrelate)
         if not isinstance(self.value, Real) or not 0 <= self.value < math.inf:
             raise ValueError(f"value={self.value!r}: expected a weight of at least 0")
-        if self.free_k is not None:
-            door(free_k=self.free_k)
+        optionally(free_k=self.free_k)
         if not 2 <= len(self.slots) < self.d_sae or len(set(self.slots)) < len(self.slots):
             raise ValueError(f"slots={self.slots}: give at least two different names, fewer than d_sae={self.d_sae}")
         if self.free_k is not None and not 0 < self.free_k <= self.d_sae - len(self.slots):

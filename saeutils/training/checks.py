@@ -7,7 +7,7 @@ import torch
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, optionally
 
 DEAD = ("none", "post", "anthropic", "aux_k")
 
@@ -39,7 +39,8 @@ def require(saes: dict[str, TrainingSAE], batches: object, dead: str, **options)
     """
     if isinstance(steps := options["steps"], float) and steps.is_integer():  # 1e5
         options["steps"] = int(steps)
-    door(**{name: value for name, value in options.items() if name not in ("warm_up", "decay") or value is not None})
+    optionally(warm_up=options.pop("warm_up"), decay=options.pop("decay"))
+    door(**options)
     if not isinstance(dead, str) or dead not in DEAD:
         raise ValueError(f"unknown dead={dead!r}: one of {DEAD}")
     if not saes:

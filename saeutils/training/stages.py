@@ -66,10 +66,8 @@ def fit(
     Raises:
         ValueError: ``orders`` (labels would lose their rows), or what ``labelled`` and ``train`` refuse.
     """
-    door(saes=saes, x=x, batch=batch, lr=lr, seed=seed)
+    door(saes=saes, x=x, stages=stages, batch=batch, lr=lr, seed=seed)
     seed = int(seed)
-    if not isinstance(stages, tuple | list) or len(stages) != 2 or not all(isinstance(n, int) and n >= 0 for n in stages) or not sum(stages):
-        raise ValueError(f"stages={stages!r}: expected the steps of both stages, two whole numbers of which one may be 0")
     if settings.get("orders"):
         raise ValueError("orders shuffles rows away from their labels: leave it out")
     batches = labelled(saes.values(), x, relation, answer, batch, seed)

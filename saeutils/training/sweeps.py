@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saeutils.kernels import files, parallel
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, optionally
 
 MINUTES = 20  # a longer job loses too much when it is stopped
 
@@ -41,8 +41,7 @@ def sweep(
         RuntimeError: jobs failed or their process died; the others have finished, and a second call does what is missing.
     """
     door(run=run, jobs=jobs, work=work, version=version)
-    if workers is not None:
-        door(workers=workers)
+    optionally(workers=workers)
     here = parallel.require_cluster(ray) if ray else parallel.workers_here()
     folders = {name: _folder(run, name, settings, version) for name, settings in jobs.items()}
     done = {name: found for name, folder in folders.items() if (found := _read(folder)) is not None}
@@ -95,14 +94,8 @@ def _folder(run: str, name: str, settings: dict, version: int) -> Path:
 
 
 def _read(folder: Path) -> dict | None:
-    try:
-        found = json.loads((folder / "result.json").read_text())
-        return found if {"result", "seconds"} <= set(found) else None
-    except FileNotFoundError:
-        return None
-    except ValueError:  # of another program, or a disk that lost it: the job is done again
-        print(f"{folder / 'result.json'} is damaged: doing this job again")
-        return None
+    found = files.read_json(folder / "result.json", "doing this job again")
+    return found if {"result", "seconds"} <= set(found) else None
 
 
 def _write(folder: Path, found: dict) -> None:

@@ -74,13 +74,12 @@ def unchanged_if_it_fails(trainer) -> Iterator[None]:
     if ranks.world() == 1:
         yield
         return
-    before, samples = {name: b.clone() for name, b in trainer.sae.named_buffers()}, trainer.n_training_samples
+    before = {name: b.clone() for name, b in trainer.sae.named_buffers()}
     try:
         yield
     except RuntimeError:
         for name, buffer in trainer.sae.named_buffers():
             buffer.copy_(before[name])
-        trainer.n_training_samples = samples
         raise
 
 
