@@ -43,8 +43,9 @@ def mean(x: Tensor) -> Tensor:
 
 def total(x: Tensor) -> Tensor:
     """Sum over all processes, detached."""
-    x = x.detach().clone()
+    x = x.detach()
     if world() > 1:
+        x = x.clone()
         with _exchange():
             dist.all_reduce(x)
     return x

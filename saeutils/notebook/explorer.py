@@ -139,8 +139,8 @@ class Explorer(Board):
         self._options([(i, v) for i, v in zip(numbers.tolist(), top.tolist()) if v > 0])
 
     def _options(self, found: Sequence[tuple[int, float]]) -> None:
-        for look_up in (len, self._label):  # their numbers at once, their words a moment later
-            look_up([i for i, _ in found])
+        for named in ([], [i for i, _ in found]):  # their numbers at once, their words a moment later
+            self._label(named)
             with self._set():
                 self.strongest.options = [(f"{i} · {self.labels.get(i, '…')} · {v:.3g}", i) for i, v in found]
                 self.strongest.value = None

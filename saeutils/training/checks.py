@@ -58,7 +58,7 @@ def require(saes: dict[str, TrainingSAE], batches: object, dead: str, **options)
 
 
 def plain(value: object) -> object:
-    """A number as Python's own, a whole float as int: numpy's and PyTorch's cannot be read back from a checkpoint."""
+    """A number, or several, as Python's own: NumPy's and PyTorch's cannot be read back from a checkpoint."""
     if isinstance(value, tuple | list):
         return tuple(map(plain, value))
     return value.item() if hasattr(value, "item") else value

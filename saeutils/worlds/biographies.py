@@ -176,13 +176,13 @@ def memorise(
     return found[steps]["name"]
 
 
-def require_prompts(prompts: Sequence[str]) -> None:
-    """Questions must be ``Q: …\\nA:``, the shape that the LM was trained on.
+def require_prompts(prompts: Sequence[str], **given: object) -> None:
+    """Questions must be ``Q: …\\nA:``, the shape that the LM was trained on; ``given``: what else the door looks at.
 
     Raises:
         ValueError: one is not, it is shown.
     """
-    door(prompts=prompts)
+    door(prompts=prompts, **given)
     if bad := [p for p in prompts if not SHAPE.fullmatch(p)]:
         raise ValueError(f"{bad[0]!r} is not a question: write {PROMPT.format('…')!r}, nothing after it")
 
@@ -193,8 +193,7 @@ def answers(
     batch_size: int = 256,
 ) -> list[str]:  # fmt: skip
     """Greedy answers, up to the end token; row i of ``delta`` [n, d] is added at ``hook`` on prompt i's last token."""
-    door(lm=lm, tokens=tokens, batch_size=batch_size)
-    require_prompts(prompts)
+    require_prompts(prompts, lm=lm, tokens=tokens, batch_size=batch_size)
     ids = [encode(lm, p)[0] for p in prompts]
     out, last = [""] * len(ids), ends(lm)
     for part in generation.same_length(ids, batch_size):
@@ -211,8 +210,7 @@ def last_states(
     lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256
 ) -> dict[str, Tensor]:
     """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
-    door(lm=lm, batch_size=batch_size)
-    require_prompts(prompts)
+    require_prompts(prompts, lm=lm, batch_size=batch_size)
     ids = [encode(lm, p)[0] for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
@@ -225,7 +223,8 @@ def last_states(
 
         with edits.edited(lm, [(hook, functools.partial(look, to=to)) for hook, to in kept.items()]):
             lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True), return_type=None)
-    return {hook: torch.cat(parts)[torch.tensor(order).argsort()] for hook, parts in kept.items()}
+    back = torch.tensor(order).argsort()
+    return {hook: torch.cat(parts)[back] for hook, parts in kept.items()}
 
 
 def require_recall(right: pd.Series | np.ndarray, least: float) -> None:
