@@ -3,8 +3,9 @@
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -21,8 +22,9 @@ def sweep(
 ) -> dict[str, Any]:  # fmt: skip
     """Results of ``work(folder=…, **settings)`` for every job, in the order of the jobs; what was done before is read, not done again.
 
-    A job's state lies in ``data/cache/runs/RUN/NAME-KEY``, KEY standing for its settings and ``version``; its result is
-    ``result.json`` there, written whole when the job is done. ``work`` may keep its own checkpoints in ``folder`` and so go
+    A job's state lies in ``data/cache/runs/RUN/NAME-KEY``, KEY standing for its settings and ``version``, and where ``work`` is
+    a notebook's function also for its code, its helpers' and the constants that they use: who edits such a cell gets new
+    results. The result is ``result.json`` there, written whole when the job is done. ``work`` may keep its own checkpoints in ``folder`` and so go
     on inside a job. SAEs that share rows belong into one job, where they train in lock-step (``train`` takes several).
 
     Jobs run in processes of joblib, each pinned to a GPU of its own, or to its share of the cores with as many threads. With
@@ -34,7 +36,7 @@ def sweep(
         workers: how many at a time. Default: one for each GPU, else for each physical core; all of a cluster. 1: this process,
             with all its threads.
         ray: address of a Ray cluster, ``HOST:PORT`` or ``auto`` (the one that this machine belongs to), or ``local``, a new one.
-        version: raise it when ``work`` changes what it computes.
+        version: raise it when ``work`` changes what it computes (a package's function: its code is not part of the key).
 
     Raises:
         ValueError: no jobs, workers below 1, no cluster at that address, a cache that cannot be written (all before any work).
@@ -43,7 +45,7 @@ def sweep(
     door(run=run, jobs=jobs, work=work, version=version)
     optionally(workers=workers)
     here = parallel.require_cluster(ray) if ray else parallel.workers_here()
-    folders = {name: _folder(run, name, settings, version) for name, settings in jobs.items()}
+    folders = _folders(run, jobs, version, work)
     done = {name: found for name, folder in folders.items() if (found := _read(folder)) is not None}
     left = {name: {"work": work, "folder": folders[name], "settings": jobs[name]} for name in jobs if name not in done}
     if left and progress:
@@ -64,10 +66,10 @@ def sweep(
     return {name: done[name]["result"] for name in jobs}
 
 
-def finished(run: str, jobs: Mapping[str, dict], *, version: int = 1) -> dict[str, bool]:
+def finished(run: str, jobs: Mapping[str, dict], work: Callable[..., Any], *, version: int = 1) -> dict[str, bool]:
     """Which jobs of :func:`sweep` have left their result."""
-    door(run=run, jobs=jobs, version=version)
-    return {name: _read(_folder(run, name, settings, version)) is not None for name, settings in jobs.items()}
+    door(run=run, jobs=jobs, work=work, version=version)
+    return {name: _read(folder) is not None for name, folder in _folders(run, jobs, version, work).items()}
 
 
 def _timed(work: Callable[..., Any], folder: Path, settings: dict) -> dict:
@@ -88,9 +90,38 @@ def _report(jobs: Mapping[str, dict], done: dict, failed: dict[str, str]) -> str
     return f"{len(jobs) - len(done)} of {len(jobs)} jobs have no result; call sweep again and it does only those\n" + "\n".join(parts)
 
 
-def _folder(run: str, name: str, settings: dict, version: int) -> Path:
-    safe = re.sub(r"[^\w.-]+", "-", name)
-    return files.cache_dir("runs", run) / f"{safe}-{files.key(name, settings, version)}"
+def _folders(run: str, jobs: Mapping[str, dict], version: int, work: Callable[..., Any]) -> dict[str, Path]:
+    written, root = _written(work), files.cache_dir("runs", run)
+    asked = {name: (name, settings, version, *([written] if written else [])) for name, settings in jobs.items()}
+    return {name: root / (re.sub(r"[^\w.-]+", "-", name) + "-" + files.key(*parts)) for name, parts in asked.items()}
+
+
+def _written(work: Callable[..., Any]) -> dict[str, Any]:
+    """What a notebook (or a script) says of ``work``: its code, that of its helpers, and the constants that they use."""
+    found: dict[str, Any] = {}
+    todo = [("", work)]
+    while todo:
+        name, value = todo.pop()
+        own = getattr(value, "__module__", "") == "__main__"
+        if own and isinstance(value, type):
+            todo += vars(value).items()
+        elif own and isinstance(value, FunctionType) and value.__qualname__ not in found:
+            found[value.__qualname__] = code = list(_code(value.__code__))
+            used = {n for _, names, _ in code for n in names} & set(value.__globals__)
+            todo += [(n, value.__globals__[n]) for n in used]
+        elif isinstance(value, SimpleNamespace):  # a notebook's settings
+            todo += vars(value).items()
+        elif isinstance(value, int | float | str | list | tuple | dict):
+            found[name] = value
+    return found
+
+
+def _code(code: CodeType) -> Iterator[tuple[str, tuple[str, ...], list]]:
+    """Instructions, names and constants of a function, and of the comprehensions and functions in it."""
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    yield code.co_code.hex(), code.co_names, [c for c in code.co_consts if c not in inner]
+    for part in inner:
+        yield from _code(part)
 
 
 def _read(folder: Path) -> dict | None:

@@ -36,7 +36,7 @@ def kill():
     while not any(other in path.read_text() for path in files.cache_dir("runs").rglob("result.json")):  # it has done a job
         time.sleep(0.05)
     cluster.remove_node(second, allow_graceful=False)
-    print("killed, jobs left:", 12 - sum(finished("trial", jobs).values()))
+    print("killed, jobs left:", 12 - sum(finished("trial", jobs, work).values()))
 
 threading.Thread(target=kill, daemon=True).start()
 found = sweep("trial", jobs, work, ray=cluster.address, progress=False)

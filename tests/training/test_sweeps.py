@@ -44,7 +44,7 @@ here = partial(sweep, workers=1)  # in this process
 def test_a_sweep_does_only_what_is_missing(capsys):
     work, three = Work(), {f"plain, seed {i}": {"seed": i} for i in range(3)}
     first = here("trial", dict(list(three.items())[:2]), work, progress=False)
-    assert finished("trial", three) == {"plain, seed 0": True, "plain, seed 1": True, "plain, seed 2": False}
+    assert finished("trial", three, work) == {"plain, seed 0": True, "plain, seed 1": True, "plain, seed 2": False}
     again = here("trial", three, work)
     assert work.done == [0, 1, 2] and list(again) == list(three) and again["plain, seed 1"] == first["plain, seed 1"]
     assert "trial: 2 of 3 jobs done, 1 left, about 0 min" in capsys.readouterr().out
@@ -55,6 +55,41 @@ def test_other_settings_or_another_version_are_other_jobs():
     for settings, version in (({"seed": 0}, 1), ({"seed": 0, "steps": 5}, 1), ({"seed": 0}, 2), ({"seed": 0}, 1)):
         here("trial", {"a": settings}, work, version=version, progress=False)
     assert work.done == [0, 0, 0]
+
+
+NOTEBOOK = """
+from types import SimpleNamespace
+from saeutils.training import sweep
+
+S = SimpleNamespace(step=0.5)
+TIMES = 2
+
+class Model:
+    def forward(self, x):
+        return x + 1
+
+def helper(x):
+    return [Model().forward(x) * TIMES for _ in range(1)][0]
+
+def work(folder, x):
+    print("at work")  # a comment
+    return helper(x) * S.step
+
+print(sweep("cells", {"a": {"x": 1}}, work, workers=1, progress=False))
+"""
+
+
+def test_who_edits_a_notebooks_function_gets_new_results(cache):
+    def says(*edit: str) -> list[str]:
+        run = subprocess.run([sys.executable, "-c", NOTEBOOK.replace(*edit) if edit else NOTEBOOK], cwd=ROOT, capture_output=True, text=True)
+        assert not run.returncode, run.stderr
+        return run.stdout.splitlines()
+
+    assert says() == ["at work", "{'a': 2.0}"]
+    assert says() == says("# a comment", "# another") == ["{'a': 2.0}"]
+    for edit, result in (("x + 1", "x + 2"), 3.0), (("TIMES = 2", "TIMES = 4"), 4.0), (("step=0.5", "step=1.5"), 6.0), (("range(1)", "range(3)"), 2.0):
+        assert says(*edit) == ["at work", f"{{'a': {result}}}"]
+        assert says(*edit) == [f"{{'a': {result}}}"]
 
 
 def test_a_damaged_result_is_done_again(cache, capsys):
@@ -90,14 +125,14 @@ def test_a_failed_job_is_reported_with_its_settings_while_the_others_finish():
         text = str(told.value)
         assert text.startswith("2 of 4 jobs have no result") and 'job 1 {"n": 1}:' in text and "ValueError: no such layer" in text
         assert 'job 3 {"n": 3}:' in text and "what JSON cannot hold" in text
-        assert finished(f"falls {workers}", jobs) == {"job 0": True, "job 1": False, "job 3": False, "job 4": True}
+        assert finished(f"falls {workers}", jobs, falls) == {"job 0": True, "job 1": False, "job 3": False, "job 4": True}
 
 
 def test_a_process_that_dies_is_told_and_takes_no_other_job_with_it():
     jobs = {f"job {n}": {"n": n} for n in (2, 0, 4, 6, 8)}
     with pytest.raises(RuntimeError, match=r"job 2: the process died, as it does when memory runs out"):
         sweep("dies", jobs, falls, workers=2, progress=False)
-    assert finished("dies", jobs) == {f"job {n}": n != 2 for n in (2, 0, 4, 6, 8)}
+    assert finished("dies", jobs, falls) == {f"job {n}": n != 2 for n in (2, 0, 4, 6, 8)}
     assert here("dies", jobs | {"job 2": {"n": 4}}, falls, progress=False)["job 2"] == 4
 
 
@@ -148,7 +183,7 @@ def test_a_killed_sweep_goes_on(cache, workers):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     six = {f"job {i}": {"seed": i} for i in range(6)}
-    done = {name for name, is_done in finished("trial", six).items() if is_done}
+    done = {name for name, is_done in finished("trial", six, slow).items() if is_done}
     assert 1 <= len(done) < 6
     assert sweep("trial", six, slow, workers=workers, progress=False) == {f"job {i}": i for i in range(6)}
     for name in done:
