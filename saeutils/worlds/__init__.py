@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "bilingual": ["first_tokens", "split_pairs", "train_lm"],
+        "bilingual": ["documents", "first_tokens", "split_pairs", "train_lm"],
         "biographies": ["answers", "last_states", "memorise", "population", "questions", "relations"],
     },
 )

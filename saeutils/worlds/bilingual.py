@@ -18,11 +18,14 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from saeutils.analysis import language
 from saeutils.kernels import files
 from saeutils.kernels.door import door
-from saeutils.lm import models, pretraining
+from saeutils.lm import models, pretraining, text
 
 BOS = "<s>"
+HELD_OUT = 4_000  # pairs of Tatoeba that the shipped LM has not seen
+LONGEST = 16  # characters that most tokens have at the most
 
 
 def split_pairs(pairs: Dataset, held_out: int, seed: int = 0) -> tuple[dict[str, list[str]], Dataset]:
@@ -72,13 +75,49 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     )
 
 
+def documents(names: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int, docs: int, skip: int = 0) -> Dataset:
+    """Japanese and English documents in turn, each its first ``n`` tokens, in a column ``text``.
+
+    Args:
+        names: a Japanese and an English source of :func:`saeutils.lm.text.load_text`; or ``tatoeba`` alone, whose pairs are
+            split so that no document has its translation on the other side (what the shipped LM was trained on).
+        docs, skip: so many, after so many.
+
+    Raises:
+        ValueError: the sources end before ``skip`` documents, or are not of these languages.
+    """
+    door(names=names, docs=docs, skip=skip)
+    if list(names) == ["tatoeba"]:
+        sides = list(split_pairs(text.load_text("tatoeba"), HELD_OUT)[0].values())
+    else:
+        sides = [text.load_text(name, max_docs=(skip + docs + 1) // 2)["text"] for name in names]
+    for side, expected in zip(sides, ("ja", "en")):
+        language.require(side, expected)
+    both = [t for pair in zip(*sides) for t in pair]
+    if len(both) <= skip:
+        raise ValueError(f"{', '.join(names)}: {len(both):,} documents, none after the first {skip:,}: ask for fewer")
+    return Dataset.from_dict({"text": first_tokens(both[skip : skip + docs], tokenizer, n)})
+
+
 def first_tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int) -> list[str]:
-    """Each text cut after its first ``n`` tokens."""
+    """Each text cut after its first ``n`` tokens.
+
+    Only the beginnings of long texts are tokenised, a thousand texts at a time: whole articles would take 138 bytes of
+    memory for each of their tokens.
+    """
     door(n=n)
-    encoded = tokenizer(
-        list(texts), add_special_tokens=False, truncation=True, max_length=n, return_offsets_mapping=True
-    )
-    return [t[: max((end for _, end in spans), default=0)] for t, spans in zip(texts, encoded["offset_mapping"])]
+    texts = list(texts)
+    return [t for at in range(0, len(texts), 1000) for t in _cut(texts[at : at + 1000], tokenizer, n, LONGEST * n)]
+
+
+def _cut(texts: list[str], tokenizer: PreTrainedTokenizerFast, n: int, characters: int) -> list[str]:
+    heads = [t[:characters] for t in texts]
+    encoded = tokenizer(heads, add_special_tokens=False, truncation=True, max_length=n, return_offsets_mapping=True)
+    cut = [t[: max((end for _, end in spans), default=0)] for t, spans in zip(heads, encoded["offset_mapping"])]
+    short = [i for i, spans in enumerate(encoded["offset_mapping"]) if len(spans) < n and len(texts[i]) > characters]
+    for i, longer in zip(short, _cut([texts[i] for i in short], tokenizer, n, 8 * characters) if short else ()):
+        cut[i] = longer
+    return cut
 
 
 def packed(encoded: Sequence[Sequence[int]], bos: int, context: int, seed: int) -> Tensor:

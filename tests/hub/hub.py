@@ -96,16 +96,13 @@ def thin_gemma(real: Path, folder: Path, neurons: int = 256) -> None:
     (folder / "sha256.json").write_text(json.dumps(hashes))
 
 
-def _llm_jp(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
-    """LLM-jp-3's checkpoints as local folders, one a step; Llama-shaped, real depth, tiny width."""
-    for i, step in enumerate((10, 100, 1000, 10_000, 100_000, 988_240)):
-        torch.manual_seed(i)
-        shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=24, num_attention_heads=2)
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, **shape)
-        )
-        model.save_pretrained(folder / f"iter_{step:07d}")
-        tokenizer.save_pretrained(folder / f"iter_{step:07d}")
+def _llm_jp(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast, layers: int, seed: int = 0) -> None:
+    """Of LLM-jp-3's shape and depth, tiny width."""
+    torch.manual_seed(seed)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2)
+    ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**ids, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _pythia(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
@@ -180,7 +177,10 @@ def build(folder: Path) -> None:
     _saebench_topk(bench / "gemma-2-2b_topk_width-2pow12_date-1109" / "resid_post_layer_12" / "trainer_0")
     pairs = text.load_text("tatoeba", max_docs=6000)
     both = _tokenizer([*pairs["ja"], *pairs["en"]])
-    _llm_jp(folder / "llm-jp-3-1.8b", both)
+    for i, step in enumerate((10, 100, 1000, 10_000, 100_000, 988_240)):  # on no hub: local folders, one a step
+        _llm_jp(folder / "llm-jp-3-1.8b" / f"iter_{step:07d}", both, layers=24, seed=i)
+    for size, layers in (("150m", 12), ("1.8b", 24)):
+        _llm_jp(models / "llm-jp" / f"llm-jp-3-{size}", both, layers)
     _pythia(models / "EleutherAI" / "pythia-14m", both)
     for code in ("ja", "en"):  # articles of twelve sentences; the configurations are named in the card, as on the hub
         articles = [" ".join(pairs[code][at : at + 12]) for at in range(0, len(pairs), 12)]

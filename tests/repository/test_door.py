@@ -200,11 +200,12 @@ TABLE = {
     "analysis.unlearning": row(
         lambda: dict(lm=lm(), sae=topk(), hook=HOOK, forget=(ROWS, [[1, 2, 3]], 1.0), retain=(ROWS, [[1, 2, 3]], 1.0), unit=1.0, settings=[(2, 0.1)], rate=0.1, damage=0.1),
         lm="lm", sae="sae", hook="text", forget=ELSEWHERE, retain=ELSEWHERE, unit="positive", settings=ELSEWHERE, rate="share", damage="not negative"),
+    "worlds.documents": row(lambda: dict(names=["tatoeba"], tokenizer=tiny.tokenizer(), n=2, docs=2, skip=1), names="texts", tokenizer=ELSEWHERE, n="count", docs="count", skip="seed"),
     "worlds.first_tokens": row(lambda: dict(texts=["a b"], tokenizer=tiny.tokenizer(), n=1), texts=ELSEWHERE, tokenizer=ELSEWHERE, n="count"),
     "worlds.population": row(lambda: dict(n=4, relations_=None, seed=1), n="count", relations_=ELSEWHERE, seed="seed"),
     "worlds.questions": row(lambda: dict(people=importlib.import_module("saeutils.worlds").population(4), unseen=0.2, seed=1), people=ELSEWHERE, unseen="share", seed="seed"),
     "worlds.split_pairs": row(lambda: dict(pairs=Dataset.from_dict({"ja": list("abcdefgh"), "en": list("ijklmnop")}), held_out=1, seed=1), pairs=ELSEWHERE, held_out="count", seed="seed"),
-    "training.finished": row(lambda: dict(run="door", jobs={"a": {}}, version=1), run="text", jobs="mapping", version="count"),
+    "training.finished": row(lambda: dict(run="door", jobs={"a": {}}, work=lambda folder: 1, version=1), run="text", jobs="mapping", work="function", version="count"),
     "training.sweep": row(lambda: dict(run="door", jobs={"a": {}}, work=lambda folder: 1, workers=1, ray=None, version=1, progress=False),
                           run="text", jobs="mapping", work="function", workers="count if any", ray=ELSEWHERE, version="count", progress="flag"),
     "lm.Activations": row(lambda: dict(folder=acts().folder, fractions=(0.8, 0.1, 0.1)), folder="path", fractions="many"),

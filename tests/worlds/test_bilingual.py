@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saeutils import steering
+from saeutils.analysis import language
 from saeutils.kernels import files
 from saeutils.lm import models, pretraining, text
 from saeutils.worlds import bilingual
@@ -50,6 +51,27 @@ def test_rows_are_packed(tokenizer):
 def test_first_tokens(tokenizer):
     cut = bilingual.first_tokens(["I ate an apple and went home.", ""], tokenizer, 3)
     assert "I ate an apple and went home.".startswith(cut[0]) and len(tokenizer.tokenize(cut[0])) == 3 and cut[1] == ""
+
+
+def test_of_long_texts_only_the_beginning_is_tokenised(tokenizer, monkeypatch):
+    sentence = "I ate an apple and went home. "
+    texts = [sentence * 200, "x" * 3 + " " * 900 + sentence * 9, sentence, ""] * 600
+    whole = tokenizer(texts[:4], add_special_tokens=False, truncation=True, max_length=20, return_offsets_mapping=True)
+    expected = [t[: max((end for _, end in spans), default=0)] for t, spans in zip(texts, whole["offset_mapping"])]
+    longest, read = [], type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts, **o: longest.append(max(map(len, texts))) or read(self, texts, **o))
+    assert bilingual.first_tokens(texts, tokenizer, 20) == expected * 600
+    assert max(longest) <= 16 * 20 * 8 and min(longest) <= 16 * 20
+
+
+def test_documents_of_two_languages_in_turn(tokenizer):
+    found = bilingual.documents(["tatoeba"], tokenizer, 8, 40)["text"]
+    assert [language.language_of(t) for t in found[:10]] == ["ja", "en"] * 5
+    assert bilingual.documents(["tatoeba"], tokenizer, 8, 20, skip=20)["text"] == found[20:]
+    with pytest.raises(ValueError, match=r"the texts should be 'ja' and are en"):
+        bilingual.documents(["wikipedia-summaries", "wikipedia-summaries"], tokenizer, 8, 40)
+    with pytest.raises(ValueError, match=r"documents, none after the first 900,000: ask for fewer"):
+        bilingual.documents(["tatoeba"], tokenizer, 8, 40, skip=900_000)
 
 
 def test_training_resumes_where_it_was_killed(tmp_path, halves, tokenizer, monkeypatch):

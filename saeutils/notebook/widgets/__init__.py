@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "families": ["family_panel"],
         "panels": ["label_panel", "latent_panel", "match_panel"],
         "retrain": ["retrain_panel"],
     },
