@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "families": ["family_panel"],
         "panels": ["label_panel", "latent_panel", "match_panel"],
+        "pairs": ["pairs_panel"],
         "retrain": ["retrain_panel"],
     },
 )

@@ -1,0 +1,88 @@
+"""Latents of two SAEs beside each other: how alike they write, how alike they fire, and on which texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ipywidgets as w
+import pandas as pd
+
+from saeutils.analysis import features
+from saeutils.kernels.door import door
+from saeutils.notebook.widgets import live
+
+LISTED, TEXTS, AROUND = 300, 6, 15  # pairs in the list, texts a latent, tokens on either side of a peak
+ORDERS = {
+    "alike in activation": lambda pairs: -pairs["correlation"],
+    "unlike in activation": lambda pairs: pairs["correlation"],
+    "alike vectors, different texts": lambda pairs: pairs["correlation"] - pairs["cosine"],
+}
+COLUMNS = {"latent", "partner", "correlation", "cosine", "fate"}
+
+
+def pairs_panel(
+    pairs: Mapping[str, pd.DataFrame], tables: Mapping[str, tuple[features.LatentTable, features.LatentTable]], tokenizer
+) -> None:
+    """Show the panel: for each arm its pairs (columns latent, partner, correlation, cosine, fate) and both SAEs' tables.
+
+    Raises:
+        ValueError: no arms, an arm without pairs or without tables, missing columns.
+    """
+    door(tokenizer=tokenizer)
+    if not pairs or set(pairs) != set(tables):
+        raise ValueError(f"pairs of {sorted(pairs)}, tables of {sorted(tables)}: both need the same arms, at least one")
+    for arm, of in pairs.items():
+        if missing := COLUMNS - set(of):
+            raise ValueError(f"pairs of {arm!r} lack {', '.join(sorted(missing))}")
+        if of.empty:
+            raise ValueError(f"pairs of {arm!r} is empty: no latent fires often enough")
+    panel = _Pairs(pairs, tables, tokenizer)
+    panel.find(live.Turn(panel.find, 0))  # the first state, also for who has no kernel
+    live.show(panel.worker, panel.board(), panel.texts.value)
+
+
+class _Pairs:
+    def __init__(self, pairs, tables, tokenizer):
+        self.pairs, self.tables, self.tokenizer = pairs, tables, tokenizer
+        wide = {"style": {"description_width": "50px"}, "layout": w.Layout(width="300px")}
+        fates = sorted({fate for of in pairs.values() for fate in of["fate"]})
+        self.arm = w.Dropdown(options=list(pairs), description="arm", **wide)
+        self.fate = w.Dropdown(options=["all", *fates], description="fate", **wide)
+        self.order = w.Dropdown(options=list(ORDERS), description="first", **wide)
+        self.listed = w.Select(rows=12, layout=w.Layout(width="300px"))
+        self.texts = w.HTML(layout=w.Layout(height="420px", overflow="auto", flex="1 1 480px"))
+        self.listing = False  # the list is being changed: nobody has chosen anything
+        self.worker = live.Worker({"list": [self.listed, self.texts], "texts": [self.texts]})
+        for control in (self.arm, self.fate, self.order):
+            control.observe(lambda _: self.worker.ask("list", self.find), "value")
+        self.listed.observe(lambda _: self.listing or self.worker.ask("texts", self.read), "value")
+
+    def board(self) -> w.Widget:
+        controls = w.VBox([self.arm, self.fate, self.order, self.listed], layout=w.Layout(flex="0 0 310px"))
+        return w.VBox([self.worker.status, w.HBox([controls, self.texts], layout=w.Layout(flex_flow="row wrap"))])
+
+    def find(self, turn: live.Turn) -> None:
+        """The pairs that the controls ask for, in their order."""
+        of = self.pairs[self.arm.value]
+        if self.fate.value != "all":
+            of = of[of["fate"] == self.fate.value]
+        if of.empty:
+            raise ValueError(f"no latent of {self.arm.value!r} is {self.fate.value}")
+        of = of.loc[ORDERS[self.order.value](of).sort_values(kind="stable").index[:LISTED]]
+        turn.check()
+        rows = [(f"{row.latent} – {row.partner} · {row.correlation:.2f} · {row.fate}", row.Index) for row in of.itertuples()]
+        self.listing = True
+        self.listed.options, self.listed.value = rows, rows[0][1]
+        self.listing = False
+        self.read(turn)
+
+    def read(self, turn: live.Turn) -> None:
+        """The texts of both latents of the chosen pair, side by side."""
+        row = self.pairs[self.arm.value].loc[self.listed.value]
+        cells = []
+        for side, table, latent in zip("AB", self.tables[self.arm.value], (row["latent"], row["partner"])):
+            turn.check()
+            shown = features.shaded(table, self.tokenizer, int(latent), n=TEXTS, around=AROUND)
+            cells.append(f"<td style='vertical-align:top;width:50%;padding:4px;text-align:left'><b>side {side}, latent {latent}</b>{shown}</td>")
+        head = f"{self.arm.value}: activations correlate at {row['correlation']:.2f}, decoder rows at {row['cosine']:.2f}: {row['fate']}"
+        self.texts.value = f"<b>{head}</b><table style='width:100%;table-layout:fixed'><tr>{''.join(cells)}</tr></table>"
