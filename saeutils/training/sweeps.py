@@ -111,6 +111,7 @@ def _written(work: Callable[..., Any]) -> dict[str, Any]:
             used = {n for _, of, _ in code for n in of}
             names |= used
             todo += [(n, value.__globals__[n]) for n in used & set(value.__globals__)]
+            todo.append((f"{value.__qualname__}()", list(value.__defaults__ or ())))
         elif isinstance(value, SimpleNamespace):
             spaces[name] = value
         elif isinstance(value, int | float | str | list | tuple | dict):
