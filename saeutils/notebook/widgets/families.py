@@ -31,7 +31,7 @@ def family_panel(
         raise ValueError("the two tables are of different texts: make both from the same activations")
     panel = _Families(narrow, wide, children, tokenizer)
     panel.find(live.Turn(panel.find, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board(), f"<b>{panel.listed.label}</b>{panel.texts.value}")
+    live.show(panel.worker, panel.board(), f"<b>{panel.listed.label}</b><br>{panel.texts.value}")
 
 
 class _Families:
