@@ -122,7 +122,8 @@ def _written(work: Callable[..., Any]) -> dict[str, Any]:
 def _code(code: CodeType) -> Iterator[tuple[str, tuple[str, ...], list]]:
     """Instructions, names and constants of a function, and of the comprehensions and functions in it."""
     inner = [c for c in code.co_consts if isinstance(c, CodeType)]
-    yield code.co_code.hex(), code.co_names, [c for c in code.co_consts if c not in inner]
+    plain = [c for c in code.co_consts if not isinstance(c, CodeType)]
+    yield code.co_code.hex(), code.co_names, [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in plain]
     for part in inner:
         yield from _code(part)
 

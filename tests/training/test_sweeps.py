@@ -1,5 +1,6 @@
 """Sweeps of named jobs: in this process, in others, on a cluster; stopped and started again; with failures."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -61,7 +62,7 @@ NOTEBOOK = """
 from types import SimpleNamespace
 from saeutils.training import sweep
 
-S = SimpleNamespace(step=0.5, shown=3)
+S = SimpleNamespace(step=0.5, shown=3, TIMES=7)  # a name that is a constant's, too
 TIMES = 2
 
 class Model:
@@ -73,21 +74,25 @@ def helper(x, plus=0):
 
 def work(folder, x):
     print("at work")  # a comment
-    return helper(x) * S.step
+    return helper(x) * S.step * (x not in {"a", "b", "c", "d"})
 
 print(sweep("cells", {"a": {"x": 1}}, work, workers=1, progress=False))
 """
 
 
 def test_who_edits_a_notebooks_function_gets_new_results(cache):
+    seeds = itertools.count()
+
     def says(*edit: str) -> list[str]:
-        run = subprocess.run([sys.executable, "-c", NOTEBOOK.replace(*edit) if edit else NOTEBOOK], cwd=ROOT, capture_output=True, text=True)
+        seed = {"PYTHONHASHSEED": str(next(seeds))}  # another order of sets in every process
+        code = NOTEBOOK.replace(*edit, 1) if edit else NOTEBOOK
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | seed)
         assert not run.returncode, run.stderr
         return run.stdout.splitlines()
 
     assert says() == ["at work", "{'a': 2.0}"]
     assert says() == says("# a comment", "# another") == says("shown=3", "shown=4") == ["{'a': 2.0}"]
-    for edit, result in (("x + 1", "x + 2"), 3.0), (("TIMES = 2", "TIMES = 4"), 4.0), (("step=0.5", "step=1.5"), 6.0), (("range(1)", "range(3)"), 2.0), (("plus=0", "plus=2"), 3.0):
+    for edit, result in (("x + 1", "x + 2"), 3.0), (("\nTIMES = 2", "\nTIMES = 4"), 4.0), (("step=0.5", "step=1.5"), 6.0), (("range(1)", "range(3)"), 2.0), (("plus=0", "plus=2"), 3.0):
         assert says(*edit) == ["at work", f"{{'a': {result}}}"]
         assert says(*edit) == [f"{{'a': {result}}}"]
 
