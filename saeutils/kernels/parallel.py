@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,7 @@ def _side_by_side(
 ) -> Iterator[tuple[str, Outcome]]:
     """In loky's processes, the outcomes as they come; one ``at_once``: a job whose process dies takes no other with it."""
     executor = joblib.externals.loky.get_reusable_executor
+    warnings.filterwarnings("ignore", message="A worker stopped while some jobs")  # loky renews workers whose memory has grown
     parts = [dict([job]) for job in jobs.items()] if at_once == 1 else [dict(jobs)]
     for part in parts if jobs else ():
         pool = executor(at_once, timeout=60, env=dict.fromkeys(THREADS, str(_share(workers))))
