@@ -99,7 +99,8 @@ def _folders(run: str, jobs: Mapping[str, dict], version: int, work: Callable[..
 def _written(work: Callable[..., Any]) -> dict[str, Any]:
     """What a notebook (or a script) says of ``work``: its code, that of its helpers, and the constants that they use."""
     found: dict[str, Any] = {}
-    todo = [("", work)]
+    spaces: dict[str, SimpleNamespace] = {}  # a notebook's settings, of which those count that are named
+    names, todo = set(), [("", work)]
     while todo:
         name, value = todo.pop()
         own = getattr(value, "__module__", "") == "__main__"
@@ -107,13 +108,15 @@ def _written(work: Callable[..., Any]) -> dict[str, Any]:
             todo += vars(value).items()
         elif own and isinstance(value, FunctionType) and value.__qualname__ not in found:
             found[value.__qualname__] = code = list(_code(value.__code__))
-            used = {n for _, names, _ in code for n in names} & set(value.__globals__)
-            todo += [(n, value.__globals__[n]) for n in used]
-        elif isinstance(value, SimpleNamespace):  # a notebook's settings
-            todo += vars(value).items()
+            used = {n for _, of, _ in code for n in of}
+            names |= used
+            todo += [(n, value.__globals__[n]) for n in used & set(value.__globals__)]
+            todo.append((f"{value.__qualname__}()", list(value.__defaults__ or ())))
+        elif isinstance(value, SimpleNamespace):
+            spaces[name] = value
         elif isinstance(value, int | float | str | list | tuple | dict):
             found[name] = value
-    return found
+    return found | {f"{n}.{k}": v for n, space in spaces.items() for k, v in vars(space).items() if k in names}
 
 
 def _code(code: CodeType) -> Iterator[tuple[str, tuple[str, ...], list]]:

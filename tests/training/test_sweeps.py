@@ -61,15 +61,15 @@ NOTEBOOK = """
 from types import SimpleNamespace
 from saeutils.training import sweep
 
-S = SimpleNamespace(step=0.5)
+S = SimpleNamespace(step=0.5, shown=3)
 TIMES = 2
 
 class Model:
     def forward(self, x):
         return x + 1
 
-def helper(x):
-    return [Model().forward(x) * TIMES for _ in range(1)][0]
+def helper(x, plus=0):
+    return [Model().forward(x) * TIMES + plus for _ in range(1)][0]
 
 def work(folder, x):
     print("at work")  # a comment
@@ -86,8 +86,8 @@ def test_who_edits_a_notebooks_function_gets_new_results(cache):
         return run.stdout.splitlines()
 
     assert says() == ["at work", "{'a': 2.0}"]
-    assert says() == says("# a comment", "# another") == ["{'a': 2.0}"]
-    for edit, result in (("x + 1", "x + 2"), 3.0), (("TIMES = 2", "TIMES = 4"), 4.0), (("step=0.5", "step=1.5"), 6.0), (("range(1)", "range(3)"), 2.0):
+    assert says() == says("# a comment", "# another") == says("shown=3", "shown=4") == ["{'a': 2.0}"]
+    for edit, result in (("x + 1", "x + 2"), 3.0), (("TIMES = 2", "TIMES = 4"), 4.0), (("step=0.5", "step=1.5"), 6.0), (("range(1)", "range(3)"), 2.0), (("plus=0", "plus=2"), 3.0):
         assert says(*edit) == ["at work", f"{{'a': {result}}}"]
         assert says(*edit) == [f"{{'a': {result}}}"]
 
