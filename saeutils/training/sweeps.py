@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from saeutils.kernels import files, parallel
 from saeutils.kernels.door import door, optionally
 
+UNSAFE = re.compile(r"[^\w.-]+")  # in a folder's name
 MINUTES = 20  # a longer job loses too much when it is stopped
 
 
@@ -92,8 +93,8 @@ def _report(jobs: Mapping[str, dict], done: dict, failed: dict[str, str]) -> str
 
 def _folders(run: str, jobs: Mapping[str, dict], version: int, work: Callable[..., Any]) -> dict[str, Path]:
     written, root = _written(work), files.cache_dir("runs", run)
-    asked = {name: (name, settings, version, *([written] if written else [])) for name, settings in jobs.items()}
-    return {name: root / (re.sub(r"[^\w.-]+", "-", name) + "-" + files.key(*parts)) for name, parts in asked.items()}
+    keys = {name: files.key(name, settings, version, written) for name, settings in jobs.items()}
+    return {name: root / f"{UNSAFE.sub('-', name)}-{key}" for name, key in keys.items()}
 
 
 def _written(work: Callable[..., Any]) -> dict[str, Any]:

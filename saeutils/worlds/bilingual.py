@@ -115,8 +115,9 @@ def _cut(texts: list[str], tokenizer: PreTrainedTokenizerFast, n: int, character
     encoded = tokenizer(heads, add_special_tokens=False, truncation=True, max_length=n, return_offsets_mapping=True)
     cut = [t[: max((end for _, end in spans), default=0)] for t, spans in zip(heads, encoded["offset_mapping"])]
     short = [i for i, spans in enumerate(encoded["offset_mapping"]) if len(spans) < n and len(texts[i]) > characters]
-    for i, longer in zip(short, _cut([texts[i] for i in short], tokenizer, n, 8 * characters) if short else ()):
-        cut[i] = longer
+    if short:
+        for i, longer in zip(short, _cut([texts[i] for i in short], tokenizer, n, 8 * characters)):
+            cut[i] = longer
     return cut
 
 

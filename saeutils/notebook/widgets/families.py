@@ -11,6 +11,7 @@ from scipy import sparse
 from saeutils.analysis import features, language
 from saeutils.kernels.door import door
 from saeutils.notebook.widgets import live
+from saeutils.notebook.widgets.chooser import Chooser
 
 LISTED, TEXTS, AROUND = 200, 4, 12  # parents in the list, texts a latent, tokens on either side of a peak
 
@@ -31,11 +32,12 @@ def family_panel(
         raise ValueError("the two tables are of different texts: make both from the same activations")
     panel = _Families(narrow, wide, children, tokenizer)
     panel.find(live.Turn(panel.find, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board(), f"<b>{panel.listed.label}</b><br>{panel.texts.value}")
+    live.show(panel.worker, panel.board([panel.word, panel.only]), f"<b>{panel.listed.label}</b><br>{panel.texts.value}")
 
 
-class _Families:
+class _Families(Chooser):
     def __init__(self, narrow, wide, children, tokenizer):
+        super().__init__()
         self.narrow, self.wide, self.tokenizer = narrow, wide, tokenizer
         self.children = {int(parent): list(found) for parent, found in children.items()}
         self.words, self.counts = _words(narrow, tokenizer)
@@ -43,17 +45,7 @@ class _Families:
         self.word = w.Text(placeholder="dog, 犬 … or nothing: all", description="word", **wider)
         divided = any(len(found) > 1 for found in self.children.values())
         self.only = w.Checkbox(value=divided, description="only with several children", indent=False)
-        self.listed = w.Select(rows=12, layout=w.Layout(width="300px", flex="0 0 300px"))
-        self.texts = w.HTML(layout=w.Layout(height="420px", overflow="auto", flex="1 1 420px"))
-        self.listing = False  # the list is being changed: nobody has chosen anything
-        self.worker = live.Worker({"list": [self.listed, self.texts], "texts": [self.texts]})
-        for control in (self.word, self.only):
-            control.observe(lambda _: self.worker.ask("list", self.find, live.DEBOUNCE), "value")
-        self.listed.observe(lambda _: self.listing or self.worker.ask("texts", self.read), "value")
-
-    def board(self) -> w.Widget:
-        controls = w.VBox([self.word, self.only, self.listed], layout=w.Layout(flex="0 0 310px"))
-        return w.VBox([self.worker.status, w.HBox([controls, self.texts], layout=w.Layout(flex_flow="row wrap"))])
+        self.find_again([self.word, self.only], live.DEBOUNCE)
 
     def find(self, turn: live.Turn) -> None:
         """Parents that fire on the word, those first that fire on little else; without a word the most divided first."""
@@ -66,10 +58,7 @@ class _Families:
         turn.check()
         if not found and wanted:
             raise ValueError(f"no latent here fires on {wanted!r}" + ", or only undivided ones do" * self.only.value)
-        self.listing = True
-        self.listed.options, self.listed.value = [(self._label(p), p) for p in found], found[0]
-        self.listing = False
-        self.read(turn)
+        self.fill([(self._label(p), p) for p in found], turn)
 
     def _share(self, wanted: str) -> np.ndarray:
         """Of every latent's firings the share on tokens that are the word, or where there are none, that hold it."""

@@ -10,6 +10,7 @@ import pandas as pd
 from saeutils.analysis import features
 from saeutils.kernels.door import door
 from saeutils.notebook.widgets import live
+from saeutils.notebook.widgets.chooser import Chooser
 
 LISTED, TEXTS, AROUND = 300, 6, 15  # pairs in the list, texts a latent, tokens on either side of a peak
 ORDERS = {
@@ -38,28 +39,19 @@ def pairs_panel(
             raise ValueError(f"pairs of {arm!r} is empty: no latent fires often enough")
     panel = _Pairs(pairs, tables, tokenizer)
     panel.find(live.Turn(panel.find, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board(), panel.texts.value)
+    live.show(panel.worker, panel.board([panel.arm, panel.fate, panel.order]), panel.texts.value)
 
 
-class _Pairs:
+class _Pairs(Chooser):
     def __init__(self, pairs, tables, tokenizer):
+        super().__init__()
         self.pairs, self.tables, self.tokenizer = pairs, tables, tokenizer
         wide = {"style": {"description_width": "50px"}, "layout": w.Layout(width="300px")}
         fates = sorted({fate for of in pairs.values() for fate in of["fate"]})
         self.arm = w.Dropdown(options=list(pairs), description="arm", **wide)
         self.fate = w.Dropdown(options=["all", *fates], description="fate", **wide)
         self.order = w.Dropdown(options=list(ORDERS), description="first", **wide)
-        self.listed = w.Select(rows=12, layout=w.Layout(width="300px"))
-        self.texts = w.HTML(layout=w.Layout(height="420px", overflow="auto", flex="1 1 480px"))
-        self.listing = False  # the list is being changed: nobody has chosen anything
-        self.worker = live.Worker({"list": [self.listed, self.texts], "texts": [self.texts]})
-        for control in (self.arm, self.fate, self.order):
-            control.observe(lambda _: self.worker.ask("list", self.find), "value")
-        self.listed.observe(lambda _: self.listing or self.worker.ask("texts", self.read), "value")
-
-    def board(self) -> w.Widget:
-        controls = w.VBox([self.arm, self.fate, self.order, self.listed], layout=w.Layout(flex="0 0 310px"))
-        return w.VBox([self.worker.status, w.HBox([controls, self.texts], layout=w.Layout(flex_flow="row wrap"))])
+        self.find_again([self.arm, self.fate, self.order])
 
     def find(self, turn: live.Turn) -> None:
         """The pairs that the controls ask for, in their order."""
@@ -71,10 +63,7 @@ class _Pairs:
         of = of.loc[ORDERS[self.order.value](of).sort_values(kind="stable").index[:LISTED]]
         turn.check()
         rows = [(f"{row.latent} – {row.partner} · {row.correlation:.2f} · {row.fate}", row.Index) for row in of.itertuples()]
-        self.listing = True
-        self.listed.options, self.listed.value = rows, rows[0][1]
-        self.listing = False
-        self.read(turn)
+        self.fill(rows, turn)
 
     def read(self, turn: live.Turn) -> None:
         """The texts of both latents of the chosen pair, side by side."""
