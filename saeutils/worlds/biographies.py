@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from saeutils.kernels import files
+from saeutils.kernels import files, traces
 from saeutils.kernels.door import door
 from saeutils.lm import pretraining
 from saeutils.lm.tokens import encode, ends, until_end
@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # late: together they take seconds to import
 PROMPT = "Q: {}\nA:"
 SHAPE = re.compile(r"Q: .+\nA:")
 END = "<|endoftext|>"
+TEMPLATES = range(4)  # of a question, to be taught or held out; a fifth is never taught
 MONTHS = [
     "January",
     "February",
@@ -53,7 +54,7 @@ MONTHS = [
 
 @functools.cache
 def lists() -> dict:
-    """Names; and for every relation its values (dates are made), fifty statements and four questions."""
+    """Names; and for every relation its values (dates are made), fifty statements and five questions."""
     return json.loads((files.data_dir() / "biographies.json").read_text())
 
 
@@ -105,20 +106,26 @@ def biographies(people: pd.DataFrame, variants: int = 5, seed: int = 0) -> list[
     return texts
 
 
-def questions(people: pd.DataFrame, unseen: float = 0.1, seed: int = 0) -> pd.DataFrame:
+def questions(people: pd.DataFrame, unseen: float = 0.1, seed: int = 0, taught: Sequence[int] = (0, 1)) -> pd.DataFrame:
     """Every question about every person: columns person (row of ``people``), relation, template, split, prompt, answer.
 
-    split: ``train`` (templates 0 and 1 of most people), ``unseen template`` (2 and 3 of the same people), ``unseen
-    person`` (0 and 1 of a share ``unseen`` of the people), ``unseen both``. Nothing but ``train`` is ever trained on;
-    the biographies of unseen people are.
+    split: ``train`` (the ``taught`` ones of templates 0 to 3, of most people), ``unseen template`` (the others of them, of
+    the same people), ``unseen person`` (taught ones, of a share ``unseen`` of the people), ``unseen both``, and ``untaught
+    template`` (template 4, in words that nothing else here holds). Nothing but ``train`` is meant to be trained on; the
+    biographies of unseen people are.
+
+    Raises:
+        ValueError: templates that are not some of 0 to 3.
     """
     door(unseen=unseen, seed=seed)
+    if not taught or not set(taught) <= set(TEMPLATES):
+        raise ValueError(f"taught={taught!r}: templates of a question are 0 to 3, teach at least one")
     rng = np.random.default_rng(seed)
-    strangers = set(rng.permutation(len(people))[: max(1, round(unseen * len(people)))].tolist())
-    names = {(False, False): "train", (False, True): "unseen template", (True, False): "unseen person"}
+    strangers = set(rng.permutation(len(people))[: round(unseen * len(people))].tolist())
+    names = {(False, True): "train", (False, False): "unseen template", (True, True): "unseen person"}
     rows = [
-        (i, relation, n, names.get((i in strangers, n >= 2), "unseen both"), PROMPT.format(q.format(s=person["name"], p=person["pronoun"])),
-         person[relation])
+        (i, relation, n, names.get((i in strangers, n in taught), "unseen both") if n in TEMPLATES else "untaught template",
+         PROMPT.format(q.format(s=person["name"], p=person["pronoun"])), person[relation])
         for i, person in enumerate(people.to_dict("records"))
         for relation in people.columns[2:]
         for n, q in enumerate(lists()["relations"][relation]["questions"])
@@ -139,41 +146,55 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 def memorise(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], asked: pd.DataFrame,
-    *, steps: int, batch: int, lr: float, seed: int = 0,
+    *, steps: int, batch: int, lr: float, read: int = 0, seed: int = 0,
 ) -> str:  # fmt: skip
     """Train an LM on biographies (every token counts) and questions (the answer's tokens count), end token included.
 
-    Rows of like length share a batch, and padding is neither predicted nor seen. A killed run goes on where it stopped;
-    a finished one with the same texts, model and settings is found in ``folder``.
+    The first ``read`` of the ``steps`` see biographies alone, half a batch of them at a time: an LM that gets both from the
+    start may learn each question by heart. Rows of like length share a batch, and padding is neither predicted nor seen. A
+    killed run goes on where it stopped; a finished one with the same texts, first weights and settings is found in
+    ``folder``, or among those shipped in ``data/biographies-lm``.
 
     Returns:
         the folder of the trained model, as :func:`saeutils.lm.models.load_lm` takes it.
     """
     door(texts=texts, steps=steps, batch=batch, lr=lr, seed=seed)
-    pairs = [("", text) for text in texts] + list(zip(asked["prompt"], " " + asked["answer"]))
-    settings = json.dumps([pairs, steps, batch, lr, seed, model.config.to_json_string()], default=str)
-    folder = folder / hashlib.sha256(settings.encode()).hexdigest()[:12]
+    told = [("", text) for text in texts]
+    pairs = told + list(zip(asked["prompt"], " " + asked["answer"]))
+    settings = json.dumps([pairs, steps, read, batch, lr, seed, len(tokenizer)], default=str)
+    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    shipped = files.data_dir() / "biographies-lm" / key
+    if shipped.exists() and traces.all_alike(json.loads((shipped / "start.json").read_text()), traces.of(model)):
+        return str(shipped)
 
     def batches(at: int) -> Iterator[tuple[Tensor, Tensor]]:
-        heads, tails = (tokenizer([p[i] for p in pairs], add_special_tokens=False)["input_ids"] for i in (0, 1))
-        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-        rows = [torch.tensor([start, *head, *tail, end]) for head, tail in zip(heads, tails)]
-        told, length = (torch.tensor([len(r) + extra for r in ids]) for ids, extra in ((heads, 1), (rows, 0)))
-        per_epoch = -(-len(rows) // batch)
-        for epoch in count(at // per_epoch):
-            rng = np.random.default_rng([seed, epoch])
-            order = sorted(
-                rng.permutation(len(rows)), key=lambda i: int(length[i]) // 8
-            )  # stable: random within a length
-            for n in rng.permutation(per_epoch)[at % per_epoch :]:
-                part = order[n * batch : (n + 1) * batch]
-                ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in part], batch_first=True)  # [batch, position]
-                place = torch.arange(ids.shape[1])
-                yield ids, (place >= told[part][:, None]) & (place < length[part][:, None])
-            at = 0  # only the first epoch begins in its middle
+        if at < read:
+            yield from islice(_rows(told, tokenizer, -(-batch // 2), seed, at), read - at)
+        yield from _rows(pairs, tokenizer, batch, seed, max(0, at - read))
 
-    found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, of={"settings": folder.name}, betas=(0.9, 0.999))
+    folder = folder / key
+    found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, of={"settings": key}, betas=(0.9, 0.999))
     return found[steps]["name"]
+
+
+def _rows(
+    pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, batch: int, seed: int, at: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches from step ``at`` of (ids [batch, position], which of them are to be predicted), rows of like length together."""
+    heads, tails = (tokenizer([p[i] for p in pairs], add_special_tokens=False)["input_ids"] for i in (0, 1))
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    rows = [torch.tensor([start, *head, *tail, end]) for head, tail in zip(heads, tails)]
+    told, length = (torch.tensor([len(r) + extra for r in ids]) for ids, extra in ((heads, 1), (rows, 0)))
+    per_epoch = -(-len(rows) // batch)
+    for epoch in count(at // per_epoch):
+        rng = np.random.default_rng([seed, epoch])
+        order = sorted(rng.permutation(len(rows)), key=lambda i: int(length[i]) // 8)  # stable: random within a length
+        for n in rng.permutation(per_epoch)[at % per_epoch :]:
+            part = order[n * batch : (n + 1) * batch]
+            ids = torch.nn.utils.rnn.pad_sequence([rows[i] for i in part], batch_first=True)  # [batch, position]
+            place = torch.arange(ids.shape[1])
+            yield ids, (place >= told[part][:, None]) & (place < length[part][:, None])
+        at = 0  # only the first epoch begins in its middle
 
 
 def require_prompts(prompts: Sequence[str], **given: object) -> None:

@@ -77,6 +77,7 @@ KINDS = {
     "positive": ([None, OTHER, "a", NAN, -1.0, 0, [], float("inf")], [np.float64, torch.tensor]),
     "number": ([None, OTHER, "a", NAN, [], float("inf")], [np.float64, torch.tensor]),
     "not negative": ([None, OTHER, "a", NAN, -1.0, [], float("inf")], [np.float64]),
+    "share or none": ([None, OTHER, "a", NAN, -1.0, [], 1.0], [np.float64]),
     "share": ([None, OTHER, "a", NAN, -1, 0, 1.5, []], [np.float64]),
     "matrix": ([None, OTHER, "a", NAN, 0, [], torch.zeros(0, 32), torch.ones(32), torch.full((3, 32), NAN)], []),
     "array": ([None, OTHER, "a", NAN, 0, [], np.zeros((0, 32)), np.ones(32), np.full((300, 32), NAN)], []),
@@ -203,7 +204,7 @@ TABLE = {
     "worlds.documents": row(lambda: dict(names=["tatoeba"], tokenizer=tiny.tokenizer(), n=2, docs=2, skip=1), names="texts", tokenizer=ELSEWHERE, n="count", docs="count", skip="seed"),
     "worlds.first_tokens": row(lambda: dict(texts=["a b"], tokenizer=tiny.tokenizer(), n=1), texts=ELSEWHERE, tokenizer=ELSEWHERE, n="count"),
     "worlds.population": row(lambda: dict(n=4, relations_=None, seed=1), n="count", relations_=ELSEWHERE, seed="seed"),
-    "worlds.questions": row(lambda: dict(people=importlib.import_module("saeutils.worlds").population(4), unseen=0.2, seed=1), people=ELSEWHERE, unseen="share", seed="seed"),
+    "worlds.questions": row(lambda: dict(people=importlib.import_module("saeutils.worlds").population(4), unseen=0.2, seed=1, taught=(0, 1)), people=ELSEWHERE, unseen="share or none", seed="seed", taught=ELSEWHERE),
     "worlds.split_pairs": row(lambda: dict(pairs=Dataset.from_dict({"ja": list("abcdefgh"), "en": list("ijklmnop")}), held_out=1, seed=1), pairs=ELSEWHERE, held_out="count", seed="seed"),
     "training.finished": row(lambda: dict(run="door", jobs={"a": {}}, work=lambda folder: 1, version=1), run="text", jobs="mapping", work="function", version="count"),
     "training.sweep": row(lambda: dict(run="door", jobs={"a": {}}, work=lambda folder: 1, workers=1, ray=None, version=1, progress=False),
@@ -254,7 +255,7 @@ APART = {
     "kernels.cache_dir", "kernels.sha256_of", "kernels.whole", "analysis.granularity", "analysis.language_of", "analysis.language_tendency", "analysis.signals", "kernels.caps", "kernels.data_dir", "kernels.key", "lm.default_device", "lm.labelled_tasks", "lm.located", "saes.AlignSAE", "saes.AlignSAEConfig", "saes.AlignTrainingSAE",
     "saes.GBATrainingSAE", "saes.SparseBatchTopKTrainingSAE", "saes.SparseJumpReLUTrainingSAE", "saes.SparseStandardTrainingSAE", "saes.SparseStandardTrainingSAEConfig", "saes.SparseTopKTrainingSAE",
     "training.resample_anthropic", "training.resample_post", "steering.only", "analysis.Facts", "analysis.LatentTable", "analysis.disentanglement", "worlds.memorise", "worlds.relations",
-    "notebook.widgets.label_panel", "notebook.widgets.match_panel", "notebook.widgets.family_panel", "notebook.widgets.pairs_panel",
+    "notebook.widgets.label_panel", "notebook.widgets.match_panel", "notebook.widgets.family_panel", "notebook.widgets.pairs_panel", "notebook.widgets.swap_panel",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def test_lists_are_as_long_as_the_papers_and_hold_no_doubles():
     paper = {"first": 411, "middle": 461, "last": 1002, "university": 341, "major": 101, "employer": 327}
     assert all(sizes[name] >= n for name, n in paper.items())
     for body in given["relations"].values():
-        assert len(set(body["statements"])) == 50 and len(set(body["questions"])) == 4
+        assert len(set(body["statements"])) == 50 and len(set(body["questions"])) == 5
         assert all(s.count("{s}") == s.count("{v}") == 1 for s in body["statements"])
         assert len(set(body.get("values", []))) == len(body.get("values", []))
     assert all(len(set(given[name])) == len(given[name]) for name in ("first", "middle", "last"))
@@ -53,7 +53,33 @@ def test_no_held_out_combination_leaks():
     assert all(str(people.major[i // 5]) in t and "{" not in t for i, t in enumerate(texts))
 
 
+def test_any_two_templates_can_be_held_out_and_the_fifth_always_is():
+    people = biographies.population(10)
+    asked = biographies.questions(people, unseen=0.0, taught=(1, 3))
+    of = asked.groupby("split")["template"].unique().map(set).to_dict()
+    assert of == {"train": {1, 3}, "unseen template": {0, 2}, "untaught template": {4}}
+    assert set(biographies.questions(people, unseen=0.0, taught=range(4))["split"]) == {"train", "untaught template"}
+
+
+def test_reading_comes_first(tmp_path, monkeypatch, memorised):
+    from saeutils.lm import pretraining
+
+    people = biographies.population(6, biographies.relations()[:2])
+    asked, texts = biographies.questions(people), biographies.biographies(people, 1)
+    tokenizer, streams = memorised[0].tokenizer, []
+    monkeypatch.setattr(pretraining, "fit", lambda folder, model, tokenizer, batches, steps, *_, **__: streams.append(batches) or {steps[0]: {"name": ""}})
+    monkeypatch.setattr(biographies.traces, "of", lambda model: {})
+    biographies.memorise(tmp_path, None, tokenizer, texts, asked, steps=20, read=7, batch=8, lr=1e-3)
+    stream = [b for b, _ in zip(streams[0](0), range(20))]
+    whole = [bool(wanted[:, 1:].any(dim=1).all() and wanted[:, 1].all()) for _, wanted in stream]  # biographies: all of it is predicted
+    assert all(whole[:7]) and not all(whole[7:]) and {len(ids) for ids, _ in stream[:7]} == {2, 4}
+    for at in (3, 7, 12):
+        torch.testing.assert_close(next(streams[0](at))[0], stream[at][0])
+
+
 def test_bad_worlds_are_refused():
+    with pytest.raises(ValueError, match=r"taught=\(0, 4\): templates of a question are 0 to 3"):
+        biographies.questions(biographies.population(3), taught=(0, 4))
     with pytest.raises(ValueError, match=r"unknown relations .*shoe size"):
         biographies.population(5, ["shoe size"])
     with pytest.raises(ValueError, match="names for 1 to 1,010"):

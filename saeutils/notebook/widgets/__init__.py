@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "panels": ["label_panel", "latent_panel", "match_panel"],
         "pairs": ["pairs_panel"],
         "retrain": ["retrain_panel"],
+        "swaps": ["swap_panel"],
     },
 )
