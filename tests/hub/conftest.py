@@ -22,12 +22,12 @@ CAP = (
     "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=2,judged=10,windows=20,loss_docs=1,shown=20,"
     "sae_steps=8,read=80,top=10,graded=8,stored=100,"
     "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
-    "people=12,read_steps=2,free=60,stage_1=4,stage_2=6,least_recall=0,swept=2,alphas=3,biographies=3,"
+    "studied=10,validation=4,throwaway=8,variants=1,least=0,lms=2,blocks=2,alphas=4,fine=2,texts=3,free=60,stage_1=4,stage_2=6,"
     "features=64,ds=2,rows=512,iterations=2,ratios=6,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,layers=2,"
     "toy_features=32,toy_d=16,toy_latents=60,toy_rows=800,toy_steps=4,toy_l0s=2,toy_l1s=2,latents=1000,rows_swept=0"
 )
 # on top of CAP: the SAE's own block; one L0 and rows enough for 4,096 latents; the sweep of 08 takes rows in proportion to features
-OWN = {"01": ",block=8", "02": ",expansion=2,arm_l1s=1,narrow=1,wider=1,width_steps=4,narrow_l1s=2", "03": ",expansions=2,ks=2,split_k=16,split_steps=6,test=500", "05": ",tokens=6500,l0s=1", "06": ",tokens=4000,l0s=1,seeds=1,judged=5,per_class=12,per_cell=6,per_topic=6,words=60,sets=1", "07": ",tokens=3", "08": ",rows=256,ratios=5"}
+OWN = {"01": ",block=8", "02": ",expansion=2,arm_l1s=1,narrow=1,wider=1,width_steps=4,narrow_l1s=2", "03": ",expansions=2,ks=2,split_k=16,split_steps=6,test=500", "05": ",docs=200,steps=16,gaussian=8,long=1,test=600", "06": ",tokens=4000,l0s=1,seeds=1,judged=5,per_class=12,per_cell=6,per_topic=6,words=60,sets=1", "07": ",tokens=3", "08": ",rows=256,ratios=5"}
 FACTS = ("06",)  # asks what the LM knows
 
 

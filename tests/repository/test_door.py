@@ -255,7 +255,7 @@ APART = {
     "kernels.cache_dir", "kernels.sha256_of", "kernels.whole", "analysis.granularity", "analysis.language_of", "analysis.language_tendency", "analysis.signals", "kernels.caps", "kernels.data_dir", "kernels.key", "lm.default_device", "lm.labelled_tasks", "lm.located", "saes.AlignSAE", "saes.AlignSAEConfig", "saes.AlignTrainingSAE",
     "saes.GBATrainingSAE", "saes.SparseBatchTopKTrainingSAE", "saes.SparseJumpReLUTrainingSAE", "saes.SparseStandardTrainingSAE", "saes.SparseStandardTrainingSAEConfig", "saes.SparseTopKTrainingSAE",
     "training.resample_anthropic", "training.resample_post", "steering.only", "analysis.Facts", "analysis.LatentTable", "analysis.disentanglement", "worlds.memorise", "worlds.relations",
-    "notebook.widgets.label_panel", "notebook.widgets.match_panel", "notebook.widgets.family_panel", "notebook.widgets.pairs_panel", "notebook.widgets.swap_panel",
+    "notebook.widgets.label_panel", "notebook.widgets.family_panel", "notebook.widgets.pairs_panel", "notebook.widgets.swap_panel",
 }  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import ipywidgets as w
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from IPython.display import display
 from sklearn.metrics import cohen_kappa_score
 
@@ -67,64 +66,6 @@ def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, l
     number.observe(show, "value")
     show()
     return w.VBox([w.HBox([number, search, found]), w.HBox([chart, tokens]), texts])
-
-
-def match_panel(
-    matched: dict[str, pd.DataFrame], tables: dict[str, tuple[features.LatentTable, features.LatentTable]], tokenizer
-) -> w.Widget:
-    """Pick a pair of matched latents of an arm, by rank of similarity or by number; see its point and both latents' texts.
-
-    ``matched``: tables from :func:`saeutils.analysis.matching.compare` by arm; ``tables``: of the two SAEs of each arm.
-    """
-    arm = w.Dropdown(options=list(matched), **_wide("arm"))
-    n = len(next(iter(matched.values())))
-    rank = w.IntSlider(
-        value=0, min=0, max=n - 1, continuous_update=False, **_wide("rank, 0 = most alike", width="480px")
-    )
-    rank.style.description_width = "150px"
-    number = w.BoundedIntText(value=0, min=0, max=n - 1, **_wide("latent of SAE 1"))
-    loud = w.Checkbox(value=True, **_wide("speaking only"))
-    chart, texts = w.Output(), w.HTML()
-
-    def order() -> pd.Index:
-        ranked = matched[arm.value]["decoder"].sort_values(ascending=False).index
-        spoken = tables[arm.value][0].acts.count_nonzero(axis=0) > 0  # latents that some text activates
-        return ranked[spoken[ranked]] if loud.value and spoken.any() else ranked
-
-    def walk(_=None) -> None:
-        ranked = order()
-        number.value = int(ranked[min(rank.value, len(ranked) - 1)])
-
-    def show(_=None) -> None:
-        m = matched[arm.value]
-        point = m.loc[number.value]
-        chart.clear_output(wait=True)
-        with chart:
-            fig, (ax,) = plots.panels(1, 4.2, 3.6)
-            ax.scatter(m["decoder"], m["encoder"], s=2, alpha=0.25, c=["C0" if same else "C1" for same in m["same"]])
-            ax.scatter(point["decoder"], point["encoder"], s=110, facecolors="none", edgecolors="k", lw=2)
-            ax.set(
-                xlabel="decoder cosine",
-                ylabel="encoder cosine",
-                title=f"{point['decoder']:.2f}, {point['encoder']:.2f}",
-            )
-            display(fig)
-            plt.close(fig)
-        latents = (number.value, int(point["sigma"]))
-        cells = [
-            f"<td style='vertical-align:top;width:50%;padding:4px'><b>SAE {i + 1}, latent {latent}</b>"
-            f"{features.shaded(table, tokenizer, latent, n=5)}</td>"
-            for i, (table, latent) in enumerate(zip(tables[arm.value], latents))
-        ]
-        texts.value = f"<table style='width:100%;table-layout:fixed'><tr>{''.join(cells)}</tr></table>"
-
-    for control in (arm, rank, loud):
-        control.observe(walk, "value")
-    arm.observe(show, "value")
-    number.observe(show, "value")
-    walk()
-    show()
-    return w.VBox([w.HBox([arm, number, loud]), rank, chart, texts])
 
 
 def label_panel(
