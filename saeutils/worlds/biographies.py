@@ -161,7 +161,8 @@ def memorise(
     door(texts=texts, steps=steps, batch=batch, lr=lr, seed=seed)
     told = [("", text) for text in texts]
     pairs = told + list(zip(asked["prompt"], " " + asked["answer"]))
-    settings = json.dumps([pairs, steps, read, batch, lr, seed, len(tokenizer)], default=str)
+    shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    settings = json.dumps([pairs, steps, read, batch, lr, seed, shapes])
     key = hashlib.sha256(settings.encode()).hexdigest()[:12]
     shipped = files.data_dir() / "biographies-lm" / key
     if shipped.exists() and traces.all_alike(json.loads((shipped / "start.json").read_text()), traces.of(model)):
