@@ -76,11 +76,12 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def documents(names: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int, docs: int, skip: int = 0) -> Dataset:
-    """Japanese and English documents in turn, each its first ``n`` tokens, in a column ``text``.
+    """Japanese and English documents in turn (or those of one source), each its first ``n`` tokens, in a column ``text``.
 
     Args:
         names: a Japanese and an English source of :func:`saeutils.lm.text.load_text`; or ``tatoeba`` alone, whose pairs are
-            split so that no document has its translation on the other side (what the shipped LM was trained on).
+            split so that no document has its translation on the other side (what the shipped LM was trained on); or any
+            other source alone, in whatever language it is.
         docs, skip: so many, after so many.
 
     Raises:
@@ -90,9 +91,10 @@ def documents(names: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int, 
     if list(names) == ["tatoeba"]:
         sides = list(split_pairs(text.load_text("tatoeba"), HELD_OUT)[0].values())
     else:
-        sides = [text.load_text(name, max_docs=(skip + docs + 1) // 2)["text"] for name in names]
+        sides = [text.load_text(name, max_docs=-(-(skip + docs) // len(names)))["text"] for name in names]
     for side, expected in zip(sides, ("ja", "en")):
-        language.require(side, expected)
+        if len(sides) > 1:
+            language.require(side, expected)
     both = [t for pair in zip(*sides) for t in pair]
     if len(both) <= skip:
         raise ValueError(f"{', '.join(names)}: {len(both):,} documents, none after the first {skip:,}: ask for fewer")

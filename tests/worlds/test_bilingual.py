@@ -68,6 +68,8 @@ def test_documents_of_two_languages_in_turn(tokenizer):
     found = bilingual.documents(["tatoeba"], tokenizer, 8, 40)["text"]
     assert [language.language_of(t) for t in found[:10]] == ["ja", "en"] * 5
     assert bilingual.documents(["tatoeba"], tokenizer, 8, 20, skip=20)["text"] == found[20:]
+    one = bilingual.documents(["wikipedia-summaries"], tokenizer, 8, 6)["text"]
+    assert len(one) == 6 and one[2:] == bilingual.documents(["wikipedia-summaries"], tokenizer, 8, 4, skip=2)["text"]
     with pytest.raises(ValueError, match=r"the texts should be 'ja' and are en"):
         bilingual.documents(["wikipedia-summaries", "wikipedia-summaries"], tokenizer, 8, 40)
     with pytest.raises(ValueError, match=r"documents, none after the first 900,000: ask for fewer"):
