@@ -86,7 +86,7 @@ def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.Data
     """The settings of the scale that runs, and the table of all scales to show (settings × scales).
 
     A scale gives only what differs from its parent: ``laptop`` from ``smoke``, ``overnight`` and ``colab`` from ``laptop``,
-    ``paper`` from ``colab``; the table shows those differences, ″ for what is as there. A setting ``why`` says what the
+    ``paper`` from ``colab``; the table shows ″ for what is as in the column to the left. A setting ``why`` says what the
     differences are for. Settings named in :func:`saeutils.kernels.jobs.caps` are cut to their bound.
 
     Raises:
@@ -97,11 +97,13 @@ def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.Data
         raise ValueError(f"table={table!r}: expected the settings of each scale, {', '.join(SCALES)}")
     if unknown := sorted(set(table) - set(SCALES)):
         raise ValueError(f"the table has scales {unknown}: one of {', '.join(SCALES)}")
-    filled, shown = {}, {}
+    filled, shown, left = {}, {}, {}
     for s, parent in PARENTS.items():
         own = table.get(s, {})
         filled[s] = {**filled.get(parent, {}), **{k: v for k, v in own.items() if k != "why"}}
-        shown[s] = {"why": own.get("why", ""), **{k: own.get(k, "″") for k in filled[s]}}
+        same = {k for k in left if k in filled[s] and left[k] == filled[s][k]}
+        shown[s] = {"why": own.get("why", ""), **{k: "″" if k in same else v for k, v in filled[s].items()}}
+        left = filled[s]
     frame = pd.DataFrame(shown).fillna("").rename(columns={name: f"{name} ← runs"})
     if not any(own.get("why") for own in table.values()):
         frame = frame.drop(index="why")

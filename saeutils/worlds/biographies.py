@@ -153,7 +153,7 @@ def memorise(
     The first ``read`` of the ``steps`` see biographies alone, half a batch of them at a time: an LM that gets both from the
     start may learn each question by heart. Rows of like length share a batch, and padding is neither predicted nor seen. A
     killed run goes on where it stopped; a finished one with the same texts, first weights and settings is found in
-    ``folder``, or among those shipped in ``data/biographies-lm``.
+    ``folder``, or among those shipped in ``data/biographies-lm`` (the kept folder, and ``start.json``: traces of the first weights).
 
     Returns:
         the folder of the trained model, as :func:`saeutils.lm.models.load_lm` takes it.

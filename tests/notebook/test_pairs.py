@@ -36,9 +36,9 @@ def listed(panel, **controls) -> list[int]:
 
 
 def test_pairs_come_in_the_order_asked_for(panel):
-    assert listed(panel) == [0, 2, 1] and panel.listed.label == "0 – 0 · 0.90 · found"
+    assert listed(panel) == [1, 0, 2]
+    assert listed(panel, order="alike in activation") == [0, 2, 1] and panel.listed.label == "0 – 0 · 0.90 · found"
     assert listed(panel, order="unlike in activation") == [1, 2, 0]
-    assert listed(panel, order="alike vectors, different texts") == [1, 0, 2]
     assert "correlate at 0.10, decoder rows at 0.95: not the same" in panel.texts.value and "side B, latent 2" in panel.texts.value
     assert listed(panel, fate="kept") == [2] and "&lt;b&gt;" in panel.texts.value
     assert listed(panel, fate="all", arm="mirror") == [0]

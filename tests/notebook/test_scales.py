@@ -29,6 +29,7 @@ def test_the_table_shows_what_differs_and_why():
     shown = scales.choose("laptop", TABLE)[1]
     assert list(shown.columns) == ["smoke", "laptop ← runs", "overnight", "colab", "paper"]
     assert shown.loc["tokens"].tolist() == [10, 90, "″", 900, "″"] and shown.loc["why", "laptop ← runs"] == "the experiment in small"
+    assert shown.loc["steps"].tolist() == [1, "″", 50, 1, 3], "colab has laptop's steps, not those to its left"
     assert "why" not in scales.choose("smoke", {"smoke": dict(steps=1)})[1].index
     with pytest.raises(ValueError, match=r"scales \['lunch'\]"):
         scales.choose("smoke", {**TABLE, "lunch": {}})

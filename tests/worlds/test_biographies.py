@@ -1,5 +1,8 @@
 """The world of invented people: what is held out stays out, and an LM learns it with padding masked."""
 
+import json
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +75,24 @@ def test_reading_comes_first(tmp_path, monkeypatch, memorised):
     assert all(whole[:7]) and not all(whole[7:]) and {len(ids) for ids, _ in stream[:7]} == {2, 4}
     for at in (3, 7, 12):
         torch.testing.assert_close(next(streams[0](at))[0], stream[at][0])
+
+
+def test_a_shipped_lm_is_found_by_texts_settings_and_first_weights(tmp_path, monkeypatch, memorised):
+    from saeutils.kernels import traces
+    from saeutils.lm import pretraining
+
+    made, asked = [], biographies.questions(biographies.population(3))
+    monkeypatch.setattr(pretraining, "fit", lambda folder, *_, **__: made.append(folder) or {5: {"name": "trained"}})
+    monkeypatch.setattr(biographies.files, "data_dir", lambda: tmp_path)
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    learn = partial(biographies.memorise, tmp_path, tokenizer=memorised[0].tokenizer, texts=["a b"], asked=asked, batch=8, lr=1e-3)
+    assert learn(model=first, steps=5) == "trained"
+    shipped = tmp_path / "biographies-lm" / made[0].name
+    shipped.mkdir(parents=True)
+    (shipped / "start.json").write_text(json.dumps(traces.of(first)))
+    assert learn(model=first, steps=5) == str(shipped) and len(made) == 1
+    assert learn(model=second, steps=5) == learn(model=first, steps=5, seed=1) == "trained" and made[1] == made[0] != made[2]
 
 
 def test_bad_worlds_are_refused():

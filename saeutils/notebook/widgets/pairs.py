@@ -14,9 +14,9 @@ from saeutils.notebook.widgets.chooser import Chooser
 
 LISTED, TEXTS, AROUND = 300, 6, 15  # pairs in the list, texts a latent, tokens on either side of a peak
 ORDERS = {
+    "alike vectors, different texts": lambda pairs: pairs["correlation"] - pairs["cosine"],
     "alike in activation": lambda pairs: -pairs["correlation"],
     "unlike in activation": lambda pairs: pairs["correlation"],
-    "alike vectors, different texts": lambda pairs: pairs["correlation"] - pairs["cosine"],
 }
 COLUMNS = {"latent", "partner", "correlation", "cosine", "fate"}
 
