@@ -14,7 +14,7 @@ from saeutils.notebook.widgets import live
 from saeutils.worlds import biographies
 
 MOST = 10.0  # of a slider, in units of a slot's mean on its own questions
-TARGET = 2.0  # what a chosen target is set to at first
+TARGET = 1.0  # what a chosen target is set to at first
 
 
 def swap_panel(
