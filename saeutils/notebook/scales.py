@@ -101,8 +101,7 @@ def choose(scale: str, table: dict[str, dict]) -> tuple[SimpleNamespace, pd.Data
     for s, parent in PARENTS.items():
         own = table.get(s, {})
         filled[s] = {**filled.get(parent, {}), **{k: v for k, v in own.items() if k != "why"}}
-        same = {k for k in left if k in filled[s] and left[k] == filled[s][k]}
-        shown[s] = {"why": own.get("why", ""), **{k: "″" if k in same else v for k, v in filled[s].items()}}
+        shown[s] = {"why": own.get("why", ""), **{k: "″" if k in left and left[k] == v else v for k, v in filled[s].items()}}
         left = filled[s]
     frame = pd.DataFrame(shown).fillna("").rename(columns={name: f"{name} ← runs"})
     if not any(own.get("why") for own in table.values()):

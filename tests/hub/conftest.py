@@ -19,7 +19,7 @@ from saeutils.lm import embedded
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CAP = (
     "shard_tokens=1000,tokens=12000,docs=120,sentences=120,context=64,steps=6,arm_steps=12,hand_steps=3,seeds=2,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
-    "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=2,judged=10,windows=20,loss_docs=1,shown=20,"
+    "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=2,judged=10,windows=20,loss_docs=1,"
     "sae_steps=8,read=80,top=10,graded=8,stored=100,"
     "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
     "studied=10,validation=4,throwaway=8,variants=1,least=0,lms=2,blocks=2,alphas=4,fine=2,texts=3,free=60,stage_1=4,stage_2=6,"
