@@ -68,7 +68,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("batch_size", "batch", "batch_tokens", "tokens", "samples", "steps", "iterations", "n_docs", "width", "layers", "heads", "n", "k", "rounds", "neighbours",
          "max_k", "n_pairs", "groups", "d_sae", "held_out", "version", "dead_window", "dead_every", "log_every", "checkpoint_every", "every", "buffer", "n_tokens",
-         "max_docs", "free_k", "workers", "docs"), COUNT,
+         "max_docs", "free_k", "workers", "docs", "words"), COUNT,
     ),
     **dict.fromkeys(("seed", "token", "layer", "start", "answers", "dense_below", "median_rows", "warm_up", "decay", "i", "skip"), SEED),
     **dict.fromkeys(("lr", "unit", "tolerance", "l0", "highest", "lowest", "scale", "target_l0", "l1", "gain"), number(0)),

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from scipy.sparse import coo_array
@@ -37,23 +38,34 @@ def split_pairs(pairs: Dataset, held_out: int, seed: int = 0) -> tuple[dict[str,
     Raises:
         ValueError: fewer than three pairs for each one held out.
     """
-    door(held_out=held_out, seed=seed)
-    if len(pairs) < 3 * held_out:
-        raise ValueError(f"{len(pairs)} pairs are too few to hold out {held_out}: give more pairs")
-    ja, en = list(pairs["ja"]), list(pairs["en"])
-    _, left = np.unique(ja, return_inverse=True)
-    _, right = np.unique(en, return_inverse=True)
-    n = left.max() + 1
-    graph = coo_array((np.ones(len(ja)), (left, n + right)), shape=(n + right.max() + 1,) * 2)
-    group = connected_components(graph, directed=False)[1][left]  # [pairs]
-    u = np.random.default_rng(seed).random(group.max() + 1)[group]
-    share = held_out / len(ja)
+    u, share = _drawn(pairs, held_out, seed)
+    ja, en = pairs["ja"][:], pairs["en"][:]
     halves = {
         "ja": [t for t, v in zip(ja, u) if share < v <= (1 + share) / 2],
         "en": [t for t, v in zip(en, u) if v > (1 + share) / 2],
     }
     apart = {language: list(dict.fromkeys(texts)) for language, texts in halves.items()}
     return apart, pairs.select(np.flatnonzero(u <= share))
+
+
+def hold_out(pairs: Dataset, held_out: int, seed: int = 0) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Both sides (``ja``, ``en``) of all other sentence pairs, and of those that :func:`split_pairs` holds out: none is in both."""
+    u, share = _drawn(pairs, held_out, seed)
+    sides = {language: np.array(pairs[language][:], dtype=object) for language in ("ja", "en")}
+    rest, apart = ({language: side[chosen].tolist() for language, side in sides.items()} for chosen in (u > share, u <= share))
+    return rest, apart
+
+
+def _drawn(pairs: Dataset, held_out: int, seed: int) -> tuple[np.ndarray, float]:
+    """A number in [0, 1) for each pair, the same where pairs share a sentence, and the share below which one is held out."""
+    door(held_out=held_out, seed=seed)
+    if len(pairs) < 3 * held_out:
+        raise ValueError(f"{len(pairs)} pairs are too few to hold out {held_out}: give more pairs")
+    left, right = (pd.factorize(np.array(pairs[language][:], dtype=object), sort=True)[0] for language in ("ja", "en"))
+    n = left.max() + 1
+    graph = coo_array((np.ones(len(pairs)), (left, n + right)), shape=(n + right.max() + 1,) * 2)
+    group = connected_components(graph, directed=False)[1][left]  # [pairs]
+    return np.random.default_rng(seed).random(group.max() + 1)[group], held_out / len(pairs)
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -156,8 +168,8 @@ def train_lm(
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3 // 16 * 16, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4 * context, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=None, pad_token_id=None, attn_implementation="eager",
+    )  # fmt: skip  # on a CPU fused attention over short rows takes twice the time, backwards
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(device or models.default_device())

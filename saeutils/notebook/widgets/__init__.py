@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pairs": ["pairs_panel"],
         "retrain": ["retrain_panel"],
         "swaps": ["swap_panel"],
+        "words": ["word_panel"],
     },
 )
