@@ -13,7 +13,11 @@ from saeutils.analysis import embeddings
 from saeutils.kernels import files
 
 GRANULARITIES = ("token", "synonym", "semantic", "unrelated")
-SIGNALS = ("same", "spread", "kin", "close", "context", "theme", "before", "after", "bilingual")
+SIGNALS = (
+    "same", "spread", "kin", "close", "context", "theme", "before", "after", "bilingual", "meaning", "form", "typical", "ending",
+)  # fmt: skip
+READ = 8  # of a latent's texts, the strongest: the raters saw eight to ten, weaker ones mislead
+ONE = 0.55  # cosine of two words from which they mean the same
 AROUND = 8  # tokens on either side of a peak that count as its context
 Text = Sequence[tuple[str, float]]
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's
@@ -167,18 +171,21 @@ def _model() -> dict[str, list]:
 
 
 def signals(latents: Sequence[Sequence[Text]]) -> np.ndarray:
-    """What :func:`granularity` decides by, [latents, len(SIGNALS)], from peak tokens, peak words and their contexts.
+    """What :func:`granularity` decides by, [latents, len(SIGNALS)], from the peaks of a latent's eight strongest texts.
 
     same: share of the commonest peak token. spread: entropy of peak tokens over its maximum. kin, close: mean and upper
     quartile of the cosines of two peak words with different tokens (1 if there are none). context, theme: mean and ninth
     decile of the cosines of two texts around their peaks (theme: with different peak tokens). before, after: share of the
-    peak's commonest neighbour. bilingual: how evenly peaks divide between two languages, 0 … 1. Cosines are those of
-    multilingual sentence embeddings, less the mean word and the mean context.
+    peak's commonest neighbour. bilingual: how evenly peaks divide between two languages, 0 … 1. form: share of peaks whose
+    token, stem (Porter 2001) or a kanji is that of the most typical peak. meaning: the same, or a cosine of at least .55.
+    typical: the largest mean cosine of a peak word with all. ending: share of the commonest last letter. Cosines are those
+    of multilingual sentence embeddings, less the mean word and the mean context.
 
     Raises:
         ValueError: a latent with fewer than two texts that activate it.
     """
-    peaks = [[_around(*found) for text in latent if (found := _peak(text))] for latent in latents]
+    strongest = [sorted(latent, key=lambda text: -max((a for _, a in text), default=0.0))[:READ] for latent in latents]
+    peaks = [[_around(*found) for text in latent if (found := _peak(text))] for latent in strongest]
     if short := [i for i, p in enumerate(peaks) if len(p) < 2]:
         raise ValueError(f"latents {short[:5]} have fewer than two texts with a positive activation: give at least two")
     strings = sorted({s for latent in peaks for p in latent for s in (p["word"], p["context"])})
@@ -213,8 +220,9 @@ def _signals(peaks: list[dict[str, str]], vectors: dict[str, np.ndarray]) -> lis
     n = len(peaks)
     count = Counter(p["token"] for p in peaks)
     shares = np.array(list(count.values())) / n
-    other = np.array([[p["token"] != q["token"] for q in peaks] for p in peaks])
     words, around = (_cosines([vectors[p[key]] for p in peaks], np.array(_model()[key])) for key in ("word", "context"))
+    alike = np.array([[_alike(p, q) for q in peaks] for p in peaks])
+    other = np.array([[p["token"] != q["token"] for q in peaks] for p in peaks])
     spoken = Counter(p["language"] for p in peaks if p["language"])
     mean_around = (around.sum() - n) / (n * (n - 1))
     return [
@@ -223,9 +231,36 @@ def _signals(peaks: list[dict[str, str]], vectors: dict[str, np.ndarray]) -> lis
         *((words[other].mean(), np.percentile(words[other], 75)) if other.any() else (1.0, 1.0)),
         mean_around,
         np.percentile(around[other], 90) if other.any() else mean_around,
-        *(Counter(p[side] for p in peaks).most_common(1)[0][1] / n for side in ("before", "after")),
+        *(_commonest([p[side] for p in peaks]) for side in ("before", "after")),
         2 * sorted([0, 0, *spoken.values()])[-2] / max(1, spoken.total()),
+        (alike | (words >= ONE)).mean(axis=1).max(),
+        alike.mean(axis=1).max(),
+        words.mean(axis=1).max(),
+        _commonest([p["token"][-1:] for p in peaks]),
     ]
+
+
+def _commonest(values: Sequence[str]) -> float:
+    """Share of the commonest value."""
+    return Counter(values).most_common(1)[0][1] / len(values)
+
+
+def _alike(p: dict[str, str], q: dict[str, str]) -> bool:
+    """Two peaks of one form: the same token or stem, or a kanji in common."""
+    return p["token"] == q["token"] or _stem(p["word"]) == _stem(q["word"]) or bool(_kanji(p["word"]) & _kanji(q["word"]))
+
+
+@cache
+def _stem(word: str) -> str:
+    from nltk.stem.snowball import SnowballStemmer  # late: a quarter of a second
+
+    plain = unicodedata.normalize("NFKC", word).casefold()
+    return SnowballStemmer("english").stem(plain) if plain.isascii() else plain
+
+
+@cache
+def _kanji(word: str) -> frozenset[str]:
+    return frozenset(c for c in unicodedata.normalize("NFKC", word) if "CJK" in unicodedata.name(c, ""))
 
 
 def _cosines(vectors: list[np.ndarray], centre: np.ndarray) -> np.ndarray:
