@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "families": ["family_panel"],
         "panels": ["label_panel", "latent_panel"],
         "pairs": ["pairs_panel"],
+        "probes": ["Task", "probe_panel"],
         "retrain": ["retrain_panel"],
         "swaps": ["swap_panel"],
         "words": ["word_panel"],
