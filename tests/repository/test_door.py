@@ -256,6 +256,7 @@ APART = {
     "saes.GBATrainingSAE", "saes.SparseBatchTopKTrainingSAE", "saes.SparseJumpReLUTrainingSAE", "saes.SparseStandardTrainingSAE", "saes.SparseStandardTrainingSAEConfig", "saes.SparseTopKTrainingSAE",
     "training.resample_anthropic", "training.resample_post", "steering.only", "analysis.Facts", "analysis.LatentTable", "analysis.disentanglement", "worlds.memorise", "worlds.relations",
     "notebook.widgets.label_panel", "notebook.widgets.family_panel", "notebook.widgets.pairs_panel", "notebook.widgets.swap_panel",
+    "notebook.widgets.Task", "notebook.widgets.probe_panel", "notebook.widgets.word_panel",
 }  # fmt: skip
 
 

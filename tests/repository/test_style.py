@@ -20,7 +20,6 @@ PLUMBING = {
     "analysis.interventions.disentanglement": "one of SAEBench's eight measures; any SAE can be given to it",
     "analysis.quality.tpp": "one of SAEBench's eight measures; any SAE can be given to it",
     "worlds.biographies.population": "draws names and values: bookkeeping of the made-up world",
-    "worlds.bilingual.train_lm": "the LM's training and its checkpoints: no part of the SAE's method",
     "worlds.biographies.memorise": "the LM's batches and its cache: no part of the method",
 }
 
