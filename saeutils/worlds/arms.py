@@ -60,21 +60,20 @@ def checkpoints(
         ValueError: no such arm; a step that a finished run did not keep.
     """
     door(seed=seed, words=words, held_out=held_out, width=width, layers=layers, heads=heads, batch=batch, lr=lr)
-    of = files.key(VERSION, width, layers, heads, batch, lr, words, held_out, docs, max(steps))
-    shipped = files.data_dir() / "arms-lm" / f"{arm}-{seed}-{of}"
-    if shipped.exists() and {f.name for f in shipped.iterdir()} >= {f"step-{n:07d}" for n in steps}:
-        return models.checkpoints(str(shipped), steps)
-    folder = files.cache_dir("models", "arms") / shipped.name
-    kept = {int(f.name[5:]) for f in folder.glob("step-*")}
-    if max(steps) in kept and (missing := sorted(set(steps) - kept)):
-        raise ValueError(f"{folder} is trained, and kept {sorted(kept)}, not {missing}: ask for those, or delete it to train it again")
-    if not kept.issuperset(steps):
-        texts = corpus(arm, seed, words=words, held_out=held_out, docs=docs)
-        bilingual.train_lm(
-            folder, texts.documents, texts.tokenizer, width=width, layers=layers, heads=heads, context=64, batch=batch,
-            steps=steps, lr=lr, seed=seed, device=device,
-        )  # fmt: skip
-    return models.checkpoints(str(folder), steps)
+    name = f"{arm}-{seed}-{files.key(VERSION, width, layers, heads, batch, lr, words, held_out, docs, max(steps))}"
+    folder = files.cache_dir("models", "arms") / name
+    for home in (files.data_dir() / "arms-lm" / name, folder):
+        kept = sorted(int(f.name[5:]) for f in home.glob("step-*"))
+        if set(kept) >= set(steps):
+            return models.checkpoints(str(home), steps)
+    if max(steps) in kept:
+        missing = sorted(set(steps) - set(kept))
+        raise ValueError(f"{folder} is trained, and kept {kept}, not {missing}: ask for those, or delete it to train it again")
+    texts = corpus(arm, seed, words=words, held_out=held_out, docs=docs)
+    return bilingual.train_lm(
+        folder, texts.documents, texts.tokenizer, width=width, layers=layers, heads=heads, context=64, batch=batch,
+        steps=steps, lr=lr, seed=seed, device=device,
+    )  # fmt: skip
 
 
 def corpus(arm: str, seed: int, *, words: int = 4_000, held_out: int = 2_000, docs: int | None = None) -> Corpus:

@@ -33,7 +33,7 @@ class Chooser:
 
     def board(self, controls: Sequence[w.Widget]) -> w.Widget:
         left = w.VBox([*controls, self.listed], layout=w.Layout(flex="0 0 310px"))
-        return w.VBox([self.worker.status, w.HBox([left, self.texts], layout=w.Layout(flex_flow="row wrap"))])
+        return self.worker.board(left, self.texts)
 
     def find(self, turn: live.Turn) -> None:
         raise NotImplementedError

@@ -87,6 +87,10 @@ class Worker:
             if not self._changed.wait_for(lambda: self._thread is None, timeout):
                 raise TimeoutError(f"the panel is still at work after {timeout:g} seconds")
 
+    def board(self, left: w.Widget, right: w.Widget) -> w.Widget:
+        """Status above, then both side by side, or below each other where there is no room."""
+        return w.VBox([self.status, w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))])
+
     def say(self, text: str, wrong: bool = False) -> None:
         """One line of status; the text is escaped."""
         self.status.value = f"<span style='color:{'#b00020' if wrong else '#666'}'>{html.escape(text)}</span>"

@@ -61,7 +61,7 @@ class _Probes:
 
     def board(self) -> w.Widget:
         left = w.VBox([self.arm, self.task, self.k, self.text], layout=w.Layout(flex="0 0 350px"))
-        return w.VBox([self.worker.status, w.HBox([left, self.shown], layout=w.Layout(flex_flow="row wrap"))])
+        return self.worker.board(left, self.shown)
 
     def fit(self, turn: live.Turn) -> None:
         """The probe on the latents whose class means differ most, and what it says of the sentence."""

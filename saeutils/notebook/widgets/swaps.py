@@ -69,7 +69,7 @@ class _Swaps:
     def board(self) -> w.Widget:
         controls = [self.person, self.question, self.text, self.block, self.method, self.target]
         left = w.VBox([*controls, *self.sliders], layout=w.Layout(flex="0 0 350px"))
-        return w.VBox([self.worker.status, w.HBox([left, self.shown], layout=w.Layout(flex_flow="row wrap"))])
+        return self.worker.board(left, self.shown)
 
     def _ask(self) -> None:
         """Write the chosen question into the box, which asks it."""

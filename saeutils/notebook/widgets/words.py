@@ -66,10 +66,11 @@ class _Words(Chooser):
         entries = []
         for step in self.steps[arm]:
             turn.check()
-            acts = self.table(arm, step).acts
-            scores = f1(acts, np.concatenate(sides))
+            table = self.table(arm, step)
+            scores = f1(table.acts, np.concatenate(sides))
             self.best[step] = best = int(scores.argmax())
-            recall = [float((acts[:, [best]].toarray()[side, 0] > 0).mean()) for side in sides]
+            fires = table.of(best) > 0  # [tokens]
+            recall = [fires[side].mean() for side in sides]
             entries.append((f"step {step:,}: latent {best} · F1 {scores[best]:.2f} · {recall[0]:.0%}, {recall[1]:.0%}", step))
         self.fill(entries, turn)
 
