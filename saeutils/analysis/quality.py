@@ -57,6 +57,20 @@ def accuracy(probe: tuple[Array, float], x: Array, y: Array) -> float:
     return float(((x @ probe[0] + probe[1] > 0) == (y > 0)).mean())
 
 
+def most_different(z: Array, y: Array, rows: Array, k: int) -> Array:
+    """The k columns of ``z`` [n, width] whose class means differ most on the chosen ``rows`` (boolean [n]), the first by most, [k].
+
+    Raises:
+        ValueError: labels of one class among these rows, k that is none of the columns' numbers.
+    """
+    door(z=z, k=k)
+    require_two_classes(y[rows], "the latents that differ most")
+    if not 1 <= k <= z.shape[1]:
+        raise ValueError(f"k={k} must lie between 1 and the {z.shape[1]:,} columns")
+    gap = np.abs(z[rows & (y > 0)].mean(0) - z[rows & (y == 0)].mean(0))
+    return np.argsort(-gap, kind="stable")[:k]
+
+
 def k_sparse_probing(z: Array, y: Array, train: Array, k: int) -> float:
     """Test accuracy of a logistic probe on the k columns of ``z`` [n, width] with the largest |difference of class means|.
 
@@ -65,13 +79,9 @@ def k_sparse_probing(z: Array, y: Array, train: Array, k: int) -> float:
     Raises:
         ValueError: labels of one class on either side, k that is none of the columns' numbers.
     """
-    door(z=z, k=k)
     for rows, side in ((train, "train"), (~train, "test")):
         require_two_classes(y[rows], f"k-sparse probing, {side} rows")
-    if not 1 <= k <= z.shape[1]:
-        raise ValueError(f"k={k} must lie between 1 and the {z.shape[1]:,} columns")
-    gap = np.abs(z[train & (y > 0)].mean(0) - z[train & (y == 0)].mean(0))
-    best = np.argpartition(-gap, k - 1)[:k]
+    best = most_different(z, y, train, k)
     fit = LogisticRegression(max_iter=1000).fit(z[train][:, best], y[train])
     return float(fit.score(z[~train][:, best], y[~train]))
 

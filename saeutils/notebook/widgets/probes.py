@@ -10,6 +10,7 @@ import ipywidgets as w
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from saeutils.analysis import quality
 from saeutils.kernels.door import door
 from saeutils.notebook.widgets import live
 
@@ -70,7 +71,7 @@ class _Probes:
         task, arm = self.tasks[self.task.value], self.arm.value
         z, y, fit = self.latents[arm][task.rows], task.label, task.fit
         means = [z[fit & (y == label)].mean(axis=0) for label in (0, 1)]
-        best = np.argsort(-np.abs(means[1] - means[0]), kind="stable")[: self.k.value]
+        best = quality.most_different(z, y, fit, self.k.value)
         probe = LogisticRegression(max_iter=1000).fit(z[fit][:, best], y[fit])
         turn.check()
         own = self.encode(arm, self.text.value)[best]
