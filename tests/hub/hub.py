@@ -172,7 +172,7 @@ def build(folder: Path) -> None:
     _gemma2(models / "google" / "gemma-2-2b", tokenizer)
     _qwen(models / "Qwen" / "Qwen2.5-1.5B", tokenizer)
     _gemma_scope(models / "google" / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82")
-    _gemma_scope_2(models / "google" / "gemma-scope-2-270m-pt" / "resid_post" / "layer_12_width_16k_l0_medium")
+    _gemma_scope_2(models / "google" / "gemma-scope-2-270m-pt" / "resid_post" / "layer_9_width_16k_l0_medium")
     bench = models / "canrager" / "saebench_gemma-2-2b_width-2pow12_date-1109"
     _saebench_topk(bench / "gemma-2-2b_topk_width-2pow12_date-1109" / "resid_post_layer_12" / "trainer_0")
     pairs = text.load_text("tatoeba", max_docs=6000)
