@@ -11,7 +11,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "language": ["granularity", "language_of", "language_tendency", "signals"],
         "matching": ["compare", "match", "match_certified", "pw_mcc", "stability"],
         "quality": [
-            "absorption", "accuracy", "detection", "k_sparse_probing", "letter_probes", "linear_probe", "pooled", "scr", "tpp",
+            "absorption", "accuracy", "detection", "k_sparse_probing", "letter_probes", "linear_probe", "most_different", "pooled", "scr",
+            "tpp",
         ],
     },
 )  # fmt: skip

@@ -12,6 +12,7 @@ from saeutils.kernels import files
 from saeutils.lm import activations, models, text
 
 HOOK = "blocks.12.hook_resid_post"
+EARLY = "blocks.9.hook_resid_post"  # where a city's facts still lie at the city
 
 
 def _identity(d=16):
@@ -52,6 +53,10 @@ def test_probing_finds_the_one_latent_that_knows():
     z = _identity().encode(torch.from_numpy(x)).detach().numpy()
     assert quality.k_sparse_probing(z, wanted, train, 1) > 0.98
     assert quality.accuracy(quality.linear_probe(x[train], wanted[train]), x[~train], wanted[~train]) > 0.98
+    gap = np.abs(z[train & (wanted == 1)].mean(0) - z[train & (wanted == 0)].mean(0))
+    assert quality.most_different(z, wanted, train, 3).tolist() == np.argsort(-gap)[:3].tolist()
+    with pytest.raises(ValueError, match="k=99999 must lie between 1 and"):
+        quality.most_different(z, wanted, train, 99_999)
     shuffled = np.random.default_rng(0).permutation(wanted)
     assert quality.k_sparse_probing(z, shuffled, train, 5) < 0.65
 
@@ -143,7 +148,7 @@ def test_facts_and_disentanglement(gemma):
         .to_dict("records")
     )
     ask = {"country": "City: {}\nCountry:", "continent": "City: {}\nContinent:"}
-    facts = interventions.Facts(gemma, HOOK, ask, cities)
+    facts = interventions.Facts(gemma, EARLY, ask, cities)
     assert facts.known >= 20
     base, source = facts.pairs("country", 12, 0)
     everything = facts.answers("country", base, facts.x["country"][source])
@@ -158,7 +163,7 @@ def test_facts_and_disentanglement(gemma):
         and found["score"] == pytest.approx((found["cause"] + found["isolation"]) / 2)
     )
     with pytest.raises(ValueError, match=r"knows \d of 3 entities"):
-        interventions.Facts(gemma, HOOK, ask, cities[:3])
+        interventions.Facts(gemma, EARLY, ask, cities[:3])
 
 
 def test_unlearning_pushes_what_fires_on_the_topic_only(gemma):

@@ -180,6 +180,7 @@ TABLE = {
     "analysis.compare": row(lambda: dict(a=topk(), b=topk()), a="sae", b="sae"),
     "analysis.detection": row(lambda: dict(f=torch.rand(30, 2), texts=["a"] * 30, embedded=np.ones((30, 2)), latents=[0], seed=1),
                               f=ELSEWHERE, texts="texts", embedded=ELSEWHERE, latents=ELSEWHERE, seed="seed"),
+    "analysis.most_different": row(lambda: dict(z=ROWS.numpy(), y=LABELS, rows=HALF, k=3), z="array", y=ELSEWHERE, rows=ELSEWHERE, k="count"),
     "analysis.k_sparse_probing": row(lambda: dict(z=ROWS.numpy(), y=LABELS, train=HALF, k=3), z="array", y=ELSEWHERE, train=ELSEWHERE, k="count"),
     "analysis.latent_table": row(lambda: dict(acts=acts(), sae=topk(), n_docs=40, l2=False), acts="sae", sae="sae", n_docs="count", l2="flag"),
     "analysis.letter_probes": row(lambda: dict(x=ROWS.numpy(), letter=LABELS, train=HALF, min_f1=0.5), x="array", letter=ELSEWHERE, train=ELSEWHERE, min_f1="share"),
@@ -257,6 +258,7 @@ APART = {
     "training.resample_anthropic", "training.resample_post", "steering.only", "analysis.Facts", "analysis.LatentTable", "analysis.disentanglement", "worlds.memorise", "worlds.relations",
     "notebook.widgets.label_panel", "notebook.widgets.family_panel", "notebook.widgets.pairs_panel", "notebook.widgets.swap_panel",
     "notebook.widgets.Task", "notebook.widgets.probe_panel", "notebook.widgets.word_panel",
+    "notebook.widgets.Recovery", "notebook.widgets.recovery_panel",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "panels": ["label_panel", "latent_panel"],
         "pairs": ["pairs_panel"],
         "probes": ["Task", "probe_panel"],
+        "recovery": ["Recovery", "recovery_panel"],
         "retrain": ["retrain_panel"],
         "swaps": ["swap_panel"],
         "words": ["word_panel"],
