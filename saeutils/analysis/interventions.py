@@ -72,8 +72,8 @@ class Facts:
 
     Only entities whose every attribute is answered right (by the largest logit among the first tokens of all values)
     count. Interventions act at the entity's last token, as in RAVEL (Huang et al. 2024, arXiv:2402.17700) and SAEBench. A
-    late ``hook`` finds nothing there: the facts have moved on (Gemma-3-270m: exchanging that state turns 94% of the answers
-    after block 9, none after block 12).
+    late ``hook`` finds nothing there: the facts have moved on (Gemma-3-270m, countries of forty pairs of cities: exchanging
+    that state turns every answer after block 9 and none after block 12).
 
     Raises:
         ValueError: fewer than four entities are known, or all known ones share an attribute.
