@@ -85,44 +85,45 @@ class Facts:
         first = {v: self._first(v) for a in prompts for v in values[a]}
         state, known = {}, np.ones(len(entities), dtype=bool)
         for a, prompt in prompts.items():
-            ids = [encode(lm, prompt.format(e["name"]))[0] for e in entities]
-            spots = [len(encode(lm, prompt.split("{}")[0] + e["name"])[0]) - 1 for e in entities]
-            x, logits = self._run(ids, spots)
+            asked = [self._prompt(prompt, e["name"]) for e in entities]
+            x, logits = self._run(asked)
             options = torch.tensor([first[v] for v in values[a]])
             answer = torch.tensor([first[e[a]] for e in entities])
             known &= (options[logits[:, options].argmax(1)] == answer).numpy()
-            state[a] = (ids, spots, x, answer)
+            state[a] = (asked, x, answer)
         kept = np.flatnonzero(known)
         if len(kept) < 4:
             raise ValueError(
                 f"the LM knows {len(kept)} of {len(entities)} entities: give better known ones or other prompts"
             )
-        if same := [a for a in prompts if len(state[a][3][kept].unique()) < 2]:
+        if same := [a for a in prompts if len(state[a][2][kept].unique()) < 2]:
             raise ValueError(f"all known entities have one {same[0]}: give entities that differ in it")
         self.known, self.attributes = len(kept), list(prompts)
-        self.ids = {a: [state[a][0][i] for i in kept] for a in prompts}
-        self.spots = {a: [state[a][1][i] for i in kept] for a in prompts}  # where the entity ends
-        self.x = {a: state[a][2][kept] for a in prompts}  # [known, d]
-        self.answer = {a: state[a][3][kept] for a in prompts}  # first token of the right value
+        self.asked = {a: [state[a][0][i] for i in kept] for a in prompts}
+        self.x = {a: state[a][1][kept] for a in prompts}  # [known, d]
+        self.answer = {a: state[a][2][kept] for a in prompts}  # first token of the right value
         self.options = {a: self.answer[a].unique() for a in prompts}
 
     def _first(self, value: str) -> int:
         return self.lm.tokenizer(" " + value, add_special_tokens=False)["input_ids"][0]
 
+    def _prompt(self, prompt: str, name: str) -> tuple[Tensor, int]:
+        """A prompt's token ids, and at which of them its entity ends."""
+        return encode(self.lm, prompt.format(name))[0], len(encode(self.lm, prompt.split("{}")[0] + name)[0]) - 1
+
     def _run(
         self,
-        ids: list[Tensor],
-        spots: list[int],
+        asked: list[tuple[Tensor, int]],
         replaced: Tensor | None = None,
         gradient: tuple[Tensor, Tensor] | None = None,
         size: int = 32,
     ) -> tuple[Tensor, Tensor]:
-        """(state at ``spots``, or ∂(logit a − logit b)/∂state if ``gradient`` = (a, b); last logits), both [n, …]."""
+        """(state where the entity ends, or ∂(logit a − logit b)/∂state if ``gradient`` = (a, b); last logits), both [n, …]."""
         states, logits = [], []
-        for at in range(0, len(ids), size):
-            part = ids[at : at + size]
+        for at in range(0, len(asked), size):
+            part, spots = zip(*asked[at : at + size])
             end = torch.tensor([len(p) - 1 for p in part], device=self.lm.cfg.device)
-            spot = torch.tensor(spots[at : at + size], device=end.device)
+            spot = torch.tensor(spots, device=end.device)
             row, seen = torch.arange(len(part), device=end.device), {}
 
             def edit(x, hook=None, at=at, row=row, spot=spot, seen=seen):
@@ -161,14 +162,13 @@ class Facts:
         out = {}
         for a in self.attributes:
             base, source = self.pairs(a, n, seed)
-            ids, spots = ([of[a][b] for b in base] for of in (self.ids, self.spots))
-            out[a] = (base, source, self._run(ids, spots, gradient=(self.answer[a][source], self.answer[a][base]))[0])
+            asked = [self.asked[a][b] for b in base]
+            out[a] = (base, source, self._run(asked, gradient=(self.answer[a][source], self.answer[a][base]))[0])
         return out
 
     def answers(self, attribute: str, base: Tensor, states: Tensor) -> Tensor:
         """Restricted-choice answer (first token) to base prompts with ``states`` [n, d] where the entity ends."""
-        ids, spots = ([of[attribute][b] for b in base] for of in (self.ids, self.spots))
-        logits = self._run(ids, spots, states)[1]
+        logits = self._run([self.asked[attribute][b] for b in base], states)[1]
         options = self.options[attribute]
         return options[logits[:, options].argmax(1)]
 

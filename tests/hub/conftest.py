@@ -19,14 +19,14 @@ from saeutils.lm import embedded
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CAP = (
     "shard_tokens=1000,tokens=12000,docs=120,sentences=120,context=64,steps=6,arm_steps=12,hand_steps=3,seeds=2,prompts=2,samples=1,strengths=2,draws=2,generated=6,batch=128,"
-    "l0=20,l0s=2,l0_warm_up=3,sets=2,per_class=20,per_cell=12,per_topic=8,words=150,cities=16,pairs=2,judged=10,windows=20,loss_docs=1,"
+    "l0=20,l0_warm_up=3,sets=2,per_class=20,per_cell=12,words=150,cities=16,pairs=2,judged=10,windows=20,loss_docs=1,"
     "sae_steps=8,read=80,top=10,graded=8,stored=100,"
     "width=64,lm_layers=3,block=1,lm_batch=8,vocabulary=1500,lm_steps=2,"
     "studied=10,validation=4,throwaway=8,variants=1,least=0,lms=2,blocks=2,alphas=4,fine=2,texts=3,free=60,stage_1=4,stage_2=6,"
-    "features=64,ds=2,rows=512,iterations=2,ratios=6,trained_features=64,trained_ratios=2,trained_steps=4,lrs=2,lm_lrs=2,layers=2,"
-    "toy_features=32,toy_d=16,toy_latents=60,toy_rows=800,toy_steps=4,toy_l0s=2,toy_l1s=2,latents=1000,rows_swept=0"
+    "features=64,ds=2,iterations=2,ratios=6,lrs=2,layers=2,"
+    "toy_features=32,toy_d=16,latents=1000"
 )
-# on top of CAP: the SAE's own block; one L0 and rows enough for 4,096 latents; the sweep of 08 takes rows in proportion to features
+# on top of CAP: the SAE's own block; sizes that other notebooks have under another meaning, or that must divide
 OWN = {"01": ",block=8", "02": ",expansion=2,arm_l1s=1,narrow=1,wider=1,width_steps=4,narrow_l1s=2", "03": ",expansions=2,ks=2,split_k=16,split_steps=6,test=500", "05": ",docs=200,steps=8,gaussian=4,long=1,test=600,read=50,pairs=1", "06": ",other_l0s=1,seeds=2,judged=5,windows=40,per_class=12,per_cell=6,words=60,sets=1,topics=2,topic_docs=2,loss_docs=2", "07": ",tokens=3", "08": ",copies=2,width=60,widths=1,pool=2000,edge_features=1,ratios=7,every=3,lm_steps=4,lm_batch=128,latents=160,pairs=2"}
 FACTS = ("06",)  # asks what the LM knows
 

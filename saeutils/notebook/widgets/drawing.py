@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import html
+import io
 import re
 from collections.abc import Mapping, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from saeutils.analysis import features
 
@@ -19,6 +23,14 @@ def visible(piece: str) -> str:
     """A token as a short label: blanks, line ends and nothing at all can be seen."""
     shown = piece.replace("\n", "↵").replace("\t", "⇥")
     return shown if shown.strip() else "␣" * max(1, len(shown))
+
+
+def picture(fig: Figure) -> str:
+    """A figure as an image of its own, as wide as its panel at most; the figure is closed."""
+    image = io.BytesIO()
+    fig.savefig(image, format="png")
+    plt.close(fig)
+    return f"<img style='max-width:100%' src='data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}'>"
 
 
 def tokens(pieces: Sequence[str], values: np.ndarray) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import ipywidgets as w
-import matplotlib.pyplot as plt
 import numpy as np
 
 from saeutils.kernels.door import door
 from saeutils.notebook import plots
-from saeutils.notebook.widgets import live
+from saeutils.notebook.widgets import drawing, live
 
 RECOVERED = 0.9  # cosine
 
@@ -103,12 +100,8 @@ def _picture(found: Recovery) -> str:
     spectrum.set(xlabel="log₁₀ of the firing rate", ylabel="latents (ticks: targets)")
     curve.plot(*zip(*found.history))
     curve.set(xlabel="step", ylabel="features recovered", ylim=(-0.02, 1.02))
-    image = io.BytesIO()
-    fig.savefig(image, format="png")
-    plt.close(fig)
-    data = base64.b64encode(image.getvalue()).decode()
     line = (
         f"{np.mean(found.cosine >= RECOVERED):.0%} of {len(found.cosine)} features recovered (cosine of {RECOVERED:g} or more); "
         f"{found.rate.sum():.1f} latents active on a row, {np.mean(found.rate == 0):.0%} never"
     )
-    return f"<img style='max-width:100%' src='data:image/png;base64,{data}'><p>{line}</p>"
+    return f"{drawing.picture(fig)}<p>{line}</p>"

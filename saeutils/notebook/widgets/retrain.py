@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 from collections.abc import Iterator
 
 import ipywidgets as w
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -16,7 +13,7 @@ from torch import Tensor
 from saeutils import metrics
 from saeutils.kernels.door import door
 from saeutils.notebook import plots
-from saeutils.notebook.widgets import live
+from saeutils.notebook.widgets import drawing, live
 from saeutils.saes import initializers
 from saeutils.saes.standard import SparseStandardTrainingSAE, SparseStandardTrainingSAEConfig
 from saeutils.training import train
@@ -96,10 +93,6 @@ class _Retrain:
         axes[0].set_yscale("log")
         axes[1].set_yscale("log")
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        image = io.BytesIO()
-        fig.savefig(image, format="png")
-        plt.close(fig)
         ends = [f"<tr><td>{name}<td>{end['fvu']:.3f}<td>{end['l0']:.1f}<td>{end['dead']:.0%}" for name, (_, end) in self.runs.items()]
         table = f"<table><tr><th>run<th>FVU<th>L0<th>dead{''.join(ends)}</table>"
-        data = base64.b64encode(image.getvalue()).decode()
-        return f"<img style='max-width:100%' src='data:image/png;base64,{data}'>{table}"
+        return drawing.picture(fig) + table
