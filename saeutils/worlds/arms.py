@@ -13,7 +13,7 @@ broken         as mirrored, half of the words redrawn       the same, for the ot
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -76,6 +76,7 @@ def checkpoints(
     )  # fmt: skip
 
 
+@lru_cache(maxsize=2)  # a process that trains SAEs on one LM's checkpoints asks for the same text again and again
 def corpus(arm: str, seed: int, *, words: int = 4_000, held_out: int = 2_000, docs: int | None = None) -> Corpus:
     """Tatoeba's sentences as documents of one arm; pairing, order and what is held out are drawn by ``seed``.
 

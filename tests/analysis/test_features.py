@@ -10,7 +10,7 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 
 from saeutils.analysis import features
 from saeutils.lm import activations, models
-from saeutils.notebook import plots, widgets
+from saeutils.notebook import plots
 
 HOOK = "blocks.2.hook_resid_post"
 TEXTS = ["The cat sat on the mat.", "<b>Bold</b> & brave, she left.", "It rained in Paris all day long."]
@@ -111,16 +111,6 @@ def test_bad_input(table, sae):
     acts = activations.collect("gemma-3-270m", HOOK, Dataset.from_list([{"text": "Hello there."}]), dtype=torch.float32)
     with pytest.raises(ValueError, match="activations have d=640, the SAE expects d_in=32"):
         features.latent_table(acts, other, 1)
-
-
-def test_widgets_react(lm, sae, table):
-    panel = widgets.latent_panel(lm, sae, table, 0)
-    (number, search, found), _, texts = panel.children[0].children, panel.children[1], panel.children[2]
-    before = texts.value
-    number.value = int(np.argmax(table.max_per_doc().toarray().max(0)))
-    assert texts.value != before
-    search.value = "cat"
-    assert len(found.options) == 12
 
 
 def test_plots_save_numbers_beside_pictures(tmp_path):

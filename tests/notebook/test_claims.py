@@ -1,6 +1,5 @@
 """The ledger: what it refuses, what it keeps, what of two runs comes into README."""
 
-import pandas as pd
 import pytest
 
 from saeutils.notebook import claims
@@ -135,16 +134,6 @@ def test_committed_ledgers_have_the_fixed_columns():
     assert set(table["holds"]) <= set(claims.JUDGEMENTS)
     assert not {"smoke"} & set(table["scale"])
     assert (table.groupby(["notebook", "scale", "run"]).size() <= claims.AT_MOST).all() if len(table) else True
-
-
-def test_the_old_way_still_runs_for_first_editions(ledger, tmp_path):
-    run = ledger("laptop")
-    run.add("c 0.5", "s", 1.0, 0.5, low=0.4, high=0.6, holds=True)
-    assert pd.read_csv(run.path)["holds"].tolist() == ["yes"] and not len(_kept())
-    with pytest.raises(ValueError, match="outside its interval"):
-        run.add("c", "s", 1.0, 0.7, low=0.4, high=0.6, holds=True)
-    assert _judge(ledger("laptop")).startswith("yes")  # the second edition's first run replaces it
-    assert _kept()["claim"].tolist() == ["it works"]
 
 
 def test_parity_and_sources_numbers(ledger):

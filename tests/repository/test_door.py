@@ -249,7 +249,6 @@ TABLE = {
     "notebook.choose": row(lambda: dict(scale="smoke", table={"smoke": dict(a=1)}), scale="choice", table="mapping"),
     "notebook.seed": row(lambda: dict(i=1), i="seed"),
     "notebook.widgets.retrain_panel": row(lambda: dict(x=ROWS, heldout=ROWS[:50], l1=2.0, gain=0.1), x="matrix", heldout="matrix", l1="positive", gain="positive"),
-    "notebook.widgets.latent_panel": row(lambda: dict(lm=lm(), sae=topk(), table=table(), latent=3), lm="lm", sae="sae", table="sae", latent=ELSEWHERE),
 }  # fmt: skip
 # what stands apart takes nothing, files or texts of a run, or is made by a configuration: errors are tested where it lives
 APART = {

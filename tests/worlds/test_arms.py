@@ -1,11 +1,13 @@
 """Arms of bilingual text: what they share, what differs, and that a mirror is a mirror token by token."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from saeutils.kernels import files
 from saeutils.lm import models
 from saeutils.worlds import arms
 
@@ -94,3 +96,12 @@ def test_checkpoints_are_trained_once_and_told_apart(tmp_path, monkeypatch, caps
     assert other[0]["name"] != found[0]["name"]
     first, second = (models.load_hf(**of)[0].get_input_embeddings().weight for of in (found[0], found[2]))
     assert not torch.equal(first, second)
+
+
+def test_the_notebook_finds_its_models_shipped(monkeypatch):
+    monkeypatch.setattr(arms.bilingual, "train_lm", None)  # calling it would fail
+    shape = dict(words=1_000, held_out=1_000, width=96, layers=3, batch=32, lr=8e-3)
+    for arm, steps in {"mirrored": [125, 180, 250, 500, 1500], "broken": [250, 1500]}.items():
+        for seed in range(3):
+            found = arms.checkpoints(arm, seed, steps, **shape)
+            assert all(Path(where["name"]).is_relative_to(files.data_dir()) for where in found.values())

@@ -1,71 +1,17 @@
-"""The panels of the first edition: each shows what the notebook has measured, and answers to its controls."""
+"""Labelling latents by hand."""
 
 from __future__ import annotations
 
 import html
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ipywidgets as w
-import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import display
 from sklearn.metrics import cohen_kappa_score
 
 from saeutils.analysis import features, language
 from saeutils.kernels import files
-from saeutils.kernels.door import door
-from saeutils.notebook import plots
-
-if TYPE_CHECKING:  # late: together they take seconds to import
-    from sae_lens.saes.sae import SAE
-    from transformer_lens.model_bridge import TransformerBridge
-
-
-def _wide(text: str, **layout) -> dict:
-    return {
-        "description": text,
-        "style": {"description_width": "110px"},
-        "layout": w.Layout(**{"width": "310px", **layout}),
-    }
-
-
-def latent_panel(lm: TransformerBridge, sae: SAE, table: features.LatentTable, latent: int) -> w.Widget:
-    """Search or pick a latent; see its strongest texts shaded, its histogram, what it promotes and suppresses."""
-    door(lm=lm, sae=sae, table=table)
-    search = w.Text(placeholder="a word, then Enter", continuous_update=False, **_wide("promotes word"))
-    found = w.Dropdown(options=[("—", -1)], **_wide("found"))
-    number = w.BoundedIntText(value=latent, min=0, max=sae.cfg.d_sae - 1, **_wide("latent"))
-    texts, tokens, chart = w.HTML(), w.HTML(), w.Output()
-
-    def look_up(change) -> None:
-        ids = lm.tokenizer(" " + change["new"].strip(), add_special_tokens=False)["input_ids"][:1]
-        if change["new"].strip() and ids:
-            best = features.promoting(lm, sae, ids[0]).topk(12)
-            found.options = [(f"{i}  ({v:+.2f})", i) for v, i in zip(best.values.tolist(), best.indices.tolist())]
-
-    def show(_=None) -> None:
-        texts.value = features.shaded(table, lm.tokenizer, number.value)
-        tokens.value = features.token_table(lm, sae.W_dec[number.value]).to_html(border=0, escape=True)
-        values = table.of(number.value)
-        chart.clear_output(wait=True)
-        with chart:
-            fig, (ax,) = plots.panels(1, 4.2, 2.4)
-            plots.histogram(ax, values[values > 0])
-            ax.set(
-                xlabel=f"activation, where active ({(values > 0).mean():.2%} of tokens)", title=f"latent {number.value}"
-            )
-            display(fig)
-            plt.close(fig)
-
-    search.observe(look_up, "value")
-    found.observe(
-        lambda c: setattr(number, "value", c["new"]) if c["new"] is not None and c["new"] >= 0 else None, "value"
-    )
-    number.observe(show, "value")
-    show()
-    return w.VBox([w.HBox([number, search, found]), w.HBox([chart, tokens]), texts])
 
 
 def label_panel(
