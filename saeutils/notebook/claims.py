@@ -18,9 +18,8 @@ from saeutils.metrics import Interval
 from saeutils.notebook import scales, verdicts
 from saeutils.notebook.verdicts import Bar, at_least, at_most, between
 
-__all__ = ["Bar", "Ledger", "all_claims", "at_least", "at_most", "between", "bootstrap", "figures_dir", "judged", "read_claims", "root"]
+__all__ = ["Bar", "Ledger", "all_claims", "at_least", "at_most", "between", "figures_dir", "judged", "read_claims", "root"]
 COLUMNS = ["claim", "source", "paper", "here", "low", "high", "bar", "control", "control_low", "control_high", "ceiling", "holds", "why", "units", "scale", "run", "machine", "date", "commit", "note"]
-FIRST_EDITION = ["claim", "source", "paper", "here", "low", "high", "holds", "scale", "control", "note"]
 JUDGEMENTS = (verdicts.YES, verdicts.NO, verdicts.CANNOT, verdicts.EXPLORATORY)
 AT_MOST = 8  # claims a notebook
 
@@ -129,28 +128,9 @@ class Ledger:
         with files.whole(self.path) as tmp:
             pd.concat([others, self.table()]).to_csv(tmp, index=False)
 
-    def add(
-        self, claim: str, source: str, paper: str | float, here: float, *, low: float, high: float,
-        holds: bool | None, control: float | str = "", note: str = "",
-    ) -> None:  # fmt: skip
-        """Record one claim judged by hand: first edition, goes with the last notebook that calls it.
-
-        Raises:
-            ValueError: the interval does not contain the figure.
-        """
-        slack = 1e-9 * max(abs(low), abs(high))  # a mean of equal numbers may round past them
-        if np.isfinite(here) and not low - slack <= here <= high + slack:
-            raise ValueError(f"{claim}: {here} lies outside its interval [{low}, {high}]")
-        judged = "not judged" if holds is None or scales.rehearsal(self.scale) else "yes" if holds else "no"
-        figures = [_short(v) for v in (here, min(low, here), max(high, here))]
-        row = [claim, source, paper, *figures, judged, self.scale, _short(control), note]
-        self.rows.append(dict(zip(FIRST_EDITION, row)))
-        with files.whole(self.path) as tmp:
-            self.table().to_csv(tmp, index=False)
-
     def table(self) -> pd.DataFrame:
         """The claims of this run as a table."""
-        return pd.DataFrame(self.rows, columns=FIRST_EDITION if self.rows and "bar" not in self.rows[0] else COLUMNS)
+        return pd.DataFrame(self.rows, columns=COLUMNS)
 
 
 def _short(value: float | str) -> float | str:
@@ -184,7 +164,7 @@ def _commit() -> str:
 
 
 def read_claims(path: Path) -> pd.DataFrame:
-    """The rows of one ``claims.csv``, columns COLUMNS; empty where it is missing or of the first edition.
+    """The rows of one ``claims.csv``, columns COLUMNS; empty where it is missing.
 
     Raises:
         ValueError: it has been edited into something that is no ledger.
@@ -197,8 +177,6 @@ def read_claims(path: Path) -> pd.DataFrame:
         found = pd.read_csv(path, keep_default_na=False)
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(advice) from error
-    if list(found.columns) == FIRST_EDITION:
-        return empty
     numbers = found[["run", "here", "low", "high"]].apply(pd.to_numeric, errors="coerce") if list(found.columns) == COLUMNS else None
     if numbers is None or numbers.isna().any(axis=None) or not set(found["holds"]) <= set(JUDGEMENTS):
         raise ValueError(advice)
@@ -230,15 +208,3 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
         shown = [f"{r['here']:.3g} [{r['low']:.3g}, {r['high']:.3g}]" for r in largest.to_dict("records")]
         rows.append({**largest.iloc[0].drop("size").to_dict(), "holds": holds, "why": why, "both": "; ".join(shown)})
     return pd.DataFrame(rows, columns=[*table.columns, "both"])
-
-
-def bootstrap(
-    values: np.ndarray, statistic=np.mean, n: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
-    """Statistic of ``values`` (resampled along the first axis) and its percentile interval: first edition, see ``metrics.interval``."""
-    values = np.asarray(values)
-    rng = np.random.default_rng(seed)
-    draws = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(n)]
-    here = float(statistic(values))
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return here, float(min(low, here)), float(max(high, here))

@@ -69,7 +69,7 @@ def notebook_text(path: Path, root: Path) -> str:
 
 
 def about(path: Path) -> dict[str, str]:
-    """What README says of a notebook: ``question``, ``laptop`` and ``colab`` (times), ``finding`` (empty: first edition).
+    """What README says of a notebook: ``question``, ``laptop`` and ``colab`` (times), ``finding``.
 
     Question and times stand in its first cell (``**Question.** …``, else the title; the table of scales), the finding in the
     cell tagged ``finding``.
@@ -90,7 +90,7 @@ def notebooks_table(root: Path) -> str:
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         told, own = about(path), ledger[ledger["notebook"] == path.stem]
         counts = " / ".join(str(int((own["holds"] == kind).sum())) for kind in (verdicts.YES, verdicts.NO, verdicts.CANNOT))
-        found = (told["finding"], counts) if len(own) else ("first edition, being judged anew", "")
+        found = (told["finding"], counts) if len(own) else ("not judged yet", "")
         link = f"[{path.stem[:2]}](notebooks/{path.name})"
         cells = [" ".join(filter(None, [link, badge(root, path.stem)])), told["question"], *found, told["laptop"], told["colab"]]
         lines.append("| " + " | ".join(cells) + " |")

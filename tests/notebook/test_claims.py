@@ -137,16 +137,6 @@ def test_committed_ledgers_have_the_fixed_columns():
     assert (table.groupby(["notebook", "scale", "run"]).size() <= claims.AT_MOST).all() if len(table) else True
 
 
-def test_the_old_way_still_runs_for_first_editions(ledger, tmp_path):
-    run = ledger("laptop")
-    run.add("c 0.5", "s", 1.0, 0.5, low=0.4, high=0.6, holds=True)
-    assert pd.read_csv(run.path)["holds"].tolist() == ["yes"] and not len(_kept())
-    with pytest.raises(ValueError, match="outside its interval"):
-        run.add("c", "s", 1.0, 0.7, low=0.4, high=0.6, holds=True)
-    assert _judge(ledger("laptop")).startswith("yes")  # the second edition's first run replaces it
-    assert _kept()["claim"].tolist() == ["it works"]
-
-
 def test_parity_and_sources_numbers(ledger):
     run = ledger()
     assert _judge(run, "as good as", values=[0.01, -0.01, 0.0], bar=between(-0.1, 0.1), control=HIGH).startswith("yes")

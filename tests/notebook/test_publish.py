@@ -134,7 +134,7 @@ def test_a_first_edition_is_shown_without_counts():
     for path in NOTEBOOKS:
         own = claims.all_claims()["notebook"] == path.stem
         (row,) = [line for line in table.splitlines() if path.name in line]
-        assert own.any() or "| first edition, being judged anew |  |" in row
+        assert own.any() or "| not judged yet |  |" in row
         assert json.loads(path.read_text()) and row.count("|") == 7
 
 

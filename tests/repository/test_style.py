@@ -1,4 +1,4 @@
-"""How notebooks read: ``style.py`` over each, with a list of those that wait for their second edition."""
+"""How notebooks read: ``style.py`` over each."""
 
 from pathlib import Path
 
@@ -8,8 +8,6 @@ import style
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {p.stem: nbformat.read(p, 4) for p in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-# first editions, not rewritten yet: each leaves with its own issue, none may come
-FIRST_EDITION = {"04_checkpoints"}
 # package functions of more than fifteen lines that one notebook alone calls → why they are not in its cells
 PLUMBING = {
     "notebook.widgets.panels.label_panel": "a widget",
@@ -34,14 +32,9 @@ def test_notebook_is_committed_as_run(name):
     assert (ROOT / "figures" / name / "claims.csv").exists()
 
 
-@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if n not in FIRST_EDITION])
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_reads_well(name):
     assert not style.of_notebook(NOTEBOOKS[name])
-
-
-def test_the_list_of_first_editions_is_that_of_hand_made_verdicts():
-    by_hand = {n for n, nb in NOTEBOOKS.items() if any("ledger.add(" in c for c in style.code_cells(nb))}
-    assert by_hand == FIRST_EDITION, "a notebook that calls Ledger.add is a first edition, and no other"
 
 
 def test_plumbing_is_not_moved_out_of_sight():

@@ -102,7 +102,7 @@ def test_training_resumes_where_it_was_killed(tmp_path, halves, tokenizer, monke
 
 def test_the_shipped_model_speaks_both_languages():
     found = models.checkpoints(str(files.data_dir() / "bilingual-lm"))
-    assert list(found) == [16, 64, 250, 1000, 4000]
+    assert list(found) == [250, 1000, 4000]
     lm = models.load_lm(**found[4000], dtype=torch.float32, device="cpu")
     _, heldout = bilingual.split_pairs(text.load_text("tatoeba"), held_out=4000)
     for column in ("ja", "en"):
