@@ -184,7 +184,7 @@ def read_claims(path: Path) -> pd.DataFrame:
 
 
 def all_claims() -> pd.DataFrame:
-    """The committed ledgers of the second edition: every row, with the notebook's name.
+    """The committed ledgers: every row, with the notebook's name.
 
     Raises:
         ValueError: one is unreadable.

@@ -98,10 +98,10 @@ def notebooks_table(root: Path) -> str:
 
 
 def ledger_table() -> str:
-    """All claims of the second edition, the verdict of both runs and what each measured, as Markdown."""
+    """All claims, the verdict of both runs and what each measured, as Markdown."""
     table = claims.judged(claims.all_claims())
     if not len(table):
-        return "No notebook has been judged anew yet."
+        return "No notebook has been judged yet."
     lines = ["| | claim | paper | here, a run each | bar | control | holds | why | scale |", "|---" * 9 + "|"]
     for r in table.to_dict("records"):
         control = f"{r['control']:.3g} [{r['control_low']:.3g}, {r['control_high']:.3g}]"

@@ -129,7 +129,7 @@ def test_tables_come_from_notebooks_and_ledgers(judged):
     assert "| 09 | it holds | p\\|q | 0.85 [" in ledger and "at least 0.5 | 0.2 [" in ledger and "| yes | 3 units" in ledger
 
 
-def test_a_first_edition_is_shown_without_counts():
+def test_a_notebook_without_claims_is_shown_without_counts():
     table = publish.notebooks_table(ROOT)
     for path in NOTEBOOKS:
         own = claims.all_claims()["notebook"] == path.stem

@@ -83,7 +83,7 @@ def _born(statement: ast.stmt) -> set[str]:
 
 
 def of_notebook(notebook: NotebookNode) -> list[str]:
-    """What is wrong with a notebook of the second edition."""
+    """What is wrong with a notebook."""
     cells = code_cells(notebook)
     found = [f"cell {i}: {fault}" for i, source in enumerate(cells, 1) for fault in of_cell(source)]
     sizes = [n for source in cells if (n := len(source.splitlines())) > 2]

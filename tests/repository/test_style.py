@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {p.stem: nbformat.read(p, 4) for p in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 # package functions of more than fifteen lines that one notebook alone calls → why they are not in its cells
 PLUMBING = {
-    "notebook.widgets.panels.label_panel": "a widget",
+    "notebook.widgets.labels.label_panel": "a widget",
     "analysis.interventions.disentanglement": "one of SAEBench's eight measures; any SAE can be given to it",
     "analysis.quality.tpp": "one of SAEBench's eight measures; any SAE can be given to it",
     "worlds.biographies.population": "draws names and values: bookkeeping of the made-up world",

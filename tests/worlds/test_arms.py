@@ -1,15 +1,20 @@
 """Arms of bilingual text: what they share, what differs, and that a mirror is a mirror token by token."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 
 from saeutils.kernels import files
 from saeutils.lm import models
+from saeutils.notebook import scales
 from saeutils.worlds import arms
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "04_checkpoints.ipynb"
 
 FEW = dict(words=500, held_out=100)
 
@@ -100,8 +105,14 @@ def test_checkpoints_are_trained_once_and_told_apart(tmp_path, monkeypatch, caps
 
 def test_the_notebook_finds_its_models_shipped(monkeypatch):
     monkeypatch.setattr(arms.bilingual, "train_lm", None)  # calling it would fail
-    shape = dict(words=1_000, held_out=1_000, width=96, layers=3, batch=32, lr=8e-3)
-    for arm, steps in {"mirrored": [125, 180, 250, 500, 1500], "broken": [250, 1500]}.items():
-        for seed in range(3):
-            found = arms.checkpoints(arm, seed, steps, **shape)
-            assert all(Path(where["name"]).is_relative_to(files.data_dir()) for where in found.values())
+    for variable in ("SAEUTILS_CAP", "SAEUTILS_SEED"):
+        monkeypatch.delenv(variable, raising=False)
+    cells = [c.source for c in nbformat.read(NOTEBOOK, 4).cells if c.cell_type == "code"]
+    own = {"arms": arms, "scales": scales, "SCALE": "laptop"}
+    for begins in ("LARGER = ", "S, table_of_scales = ", "shape = "):
+        (cell,) = [c for c in cells if c.startswith(begins)]
+        exec(cell, own)
+    assert own["S"].run == 0 and set(own["steps_of"]) == {"mirrored", "broken"}
+    for arm, seed in product(own["steps_of"], range(own["S"].lms)):
+        found = arms.checkpoints(arm, seed, own["steps_of"][arm], **own["shape"])
+        assert all(Path(where["name"]).is_relative_to(files.data_dir()) for where in found.values())

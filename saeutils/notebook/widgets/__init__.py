@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "families": ["family_panel"],
-        "panels": ["label_panel"],
+        "labels": ["label_panel"],
         "pairs": ["pairs_panel"],
         "probes": ["Task", "probe_panel"],
         "recovery": ["Recovery", "recovery_panel"],
