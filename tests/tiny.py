@@ -1,7 +1,11 @@
 """Tiny random LMs of many architectures with a byte-level tokenizer, saved as folders: what is wrong by name shows here."""
 
+import multiprocessing
+import os
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -68,3 +72,12 @@ def sees() -> str:
     transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     words.save_pretrained(Path(folder))
     return folder
+
+
+def forks(*imported: str) -> multiprocessing.context.BaseContext:
+    """Processes forked from one that has imported these modules and sees no GPU: CUDA survives no fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*imported])
+    with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+        forkserver.ensure_running()
+    return context

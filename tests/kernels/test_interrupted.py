@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -69,8 +68,7 @@ def _report(name: str, lm: str, cache: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def start():
     """Starts work in a process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sae_lens", "transformers", "datasets", "saeutils.training.loop", "saeutils.lm.activations", "saeutils.worlds.bilingual"])
+    context = tiny.forks("sae_lens", "transformers", "datasets", "saeutils.training.loop", "saeutils.lm.activations", "saeutils.worlds.bilingual")
 
     def begin(name: str, lm: str, cache: Path, out: Path):
         process = context.Process(target=_report, args=(name, lm, cache, out))

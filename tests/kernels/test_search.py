@@ -19,7 +19,7 @@ def problem(batch, n, d, seed, spread):
 
 
 def found(blocks, x, W):
-    row, column, value = (torch.cat(p) for p in zip(*blocks))
+    row, column, value = (torch.cat(p).cpu() for p in zip(*blocks))
     assert torch.equal(row, row.sort().values)
     out = torch.zeros(len(x), len(W)).index_put((row, column), value)
     assert int((out != 0).sum()) == len(row)

@@ -1,7 +1,6 @@
 """Shards of one set of activations made side by side: by processes, by machines that share a folder, by what others left behind."""
 
 import hashlib
-import multiprocessing
 import os
 import signal
 import time
@@ -53,8 +52,7 @@ def machine(name: str, lm: str, cache: Path, out: Path, pause: float = 0.0, last
 @pytest.fixture(scope="module")
 def start():
     """Starts a process forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "datasets", "saeutils.lm.activations"])
+    context = tiny.forks("transformers", "datasets", "saeutils.lm.activations")
 
     def begin(*args):
         process = context.Process(target=machine, args=args)

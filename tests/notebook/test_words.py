@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from sklearn.metrics import f1_score
 from test_families import TOKEN, Tokenizer
 
 from saeutils.analysis.features import LatentTable
@@ -33,14 +34,14 @@ def panel():
     return found
 
 
-def test_f1_is_that_of_counts():
-    acts, here = table("mirrored", 250).acts, np.concatenate(SIDES)
-    wanted = np.zeros(len(TOKEN), bool)
-    wanted[here] = True
-    for latent, found in enumerate(words.f1(acts, here)):
-        fires = acts[:, [latent]].toarray()[:, 0] > 0
-        assert found == pytest.approx(2 * (fires & wanted).sum() / (fires.sum() + wanted.sum()))
-    assert words.f1(sparse.csc_array((60, 2)), here).tolist() == [0, 0]
+def test_f1_is_scikit_learns_in_the_weaker_language():
+    told, english = table("mirrored", 250), DOC < 10
+    for latent, found in enumerate(words.f1(told, *SIDES)):
+        fires = told.of(latent) > 0
+        one, other = (f1_score(TOKEN[part] == word, fires[part]) for word, part in ((1, english), (2, ~english)))
+        assert found == pytest.approx(min(one, other))
+    silent = LatentTable(sparse.csc_array((60, 2)), DOC, TOKEN, 20)
+    assert words.f1(silent, *SIDES).tolist() == [0, 0]
 
 
 def test_each_checkpoint_has_its_best_latent(panel):

@@ -1,7 +1,6 @@
 """Several gloo processes train what one trains, from the same global batches; checkpoints move between them; a death is told."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -84,8 +83,7 @@ def process(rank: int, port: int, out: Path, kind: str, dtype: str, steps: int, 
 
 @pytest.fixture(scope="module")
 def start():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sae_lens", "saeutils.training.loop", "saeutils.saes.gba"])
+    context = tiny.forks("sae_lens", "saeutils.training.loop", "saeutils.saes.gba")
 
     def together(out: Path, kind: str, dtype: str = "float32", steps: int = 200, folder: Path | None = None, world: int = 2, dies: int = -1, **more):
         with socket.socket() as free:

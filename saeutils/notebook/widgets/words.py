@@ -40,11 +40,17 @@ def word_panel(
     live.show(panel.worker, panel.board([panel.word, panel.arm]), panel.texts.value)
 
 
-def f1(acts, here: np.ndarray) -> np.ndarray:
-    """How well each latent marks the rows ``here`` by firing: harmonic mean of precision and recall, [latents]; acts [rows, latents]."""
-    fires = acts > 0
-    found, all_firings = fires.tocsr()[here].sum(axis=0), fires.sum(axis=0)
-    return 2 * found / np.maximum(all_firings + len(here), 1)
+def f1(table: features.LatentTable, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """How well each latent marks a word and its counterpart by firing, [latents].
+
+    Harmonic mean of precision and recall among the rows of one language, in the weaker of both: a latent of one language counts
+    for nothing. ``first``, ``second``: numbers of the rows that are the word, and of those that are its counterpart.
+    """
+    fires, half = (table.acts > 0).tocsr(), table.edges[table.n_docs // 2]
+    scores = []
+    for part, here in ((fires[:half], first), (fires[half:], second - half)):
+        scores.append(2 * part[here].sum(axis=0) / np.maximum(part.sum(axis=0) + len(here), 1))
+    return np.minimum(*scores)
 
 
 class _Words(Chooser):
@@ -67,7 +73,7 @@ class _Words(Chooser):
         for step in self.steps[arm]:
             turn.check()
             table = self.table(arm, step)
-            scores = f1(table.acts, np.concatenate(sides))
+            scores = f1(table, *sides)
             self.best[step] = best = int(scores.argmax())
             fires = table.of(best) > 0  # [tokens]
             recall = [fires[side].mean() for side in sides]
