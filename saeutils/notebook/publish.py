@@ -119,11 +119,14 @@ def data_table() -> str:
 
 
 def speed_table() -> str:
-    """The last kept run of the benchmarks (figures/speed) as Markdown: times a peer takes over ours, ours over the floor."""
-    path = claims.root() / "figures" / "speed" / "speed.csv"
-    if not path.exists():
+    """The last kept benchmarks of each kind of machine (figures/speed) as Markdown: a peer's time over ours, ours over the floor."""
+    paths = sorted((claims.root() / "figures" / "speed").glob("speed*.csv"), key=lambda path: path.stem)  # the processor first
+    if not paths:
         return "Not measured yet: `SAEUTILS_SPEED=1 pytest tests/benchmarks -s -n0`."
-    runs = pd.read_csv(path)
+    return "\n\n".join(_machine_table(pd.read_csv(path)) for path in paths)
+
+
+def _machine_table(runs: pd.DataFrame) -> str:
     runs = runs[runs["section"] != "scaling"]
     shown = ("seconds", "× floor", "× ours", "peak GiB")
     wide = {v: runs.pivot(index=["section", "row"], columns="who", values=v) for v in shown}

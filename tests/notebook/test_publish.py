@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
 from saeutils.notebook import claims, publish
@@ -127,6 +128,19 @@ def test_tables_come_from_notebooks_and_ledgers(judged):
     assert row == "| [09](notebooks/09_side.ipynb) | Which method keeps most? Of all. | TopK keeps most. | 1 / 0 / 1 | 7 min | 30 min |"
     ledger = publish.ledger_table()
     assert "| 09 | it holds | p\\|q | 0.85 [" in ledger and "at least 0.5 | 0.2 [" in ledger and "| yes | 3 units" in ledger
+
+
+def test_every_kind_of_machine_has_a_speed_table_of_its_own(judged):
+    assert "Not measured yet" in publish.speed_table()
+    folder = judged / "figures" / "speed"
+    folder.mkdir(parents=True)
+    for name, machine, seconds in (("speed", "a laptop", 0.5), ("speed-gpu", "a card", 0.002)):
+        rows = [dict(section="step", row="TopK", who=who, seconds=seconds * n, machine=machine) for n, who in ((1, "ours"), (3, "SAELens"))]
+        table = pd.DataFrame(rows).assign(**{"peak GiB": 0.5, "× floor": 1.25, "× ours": [1.0, 3.0]})
+        table.to_csv(folder / f"{name}.csv", index=False)
+    laptop, card = publish.speed_table().split("\n\nMeasured on a card.\n")
+    assert "Measured on a laptop." in laptop and "| step | TopK | 500 | 1.25 | SAELens 3.0 | 0.50, 0.50 |" in laptop
+    assert "| step | TopK | 2.0 | 1.25 | SAELens 3.0 |" in card
 
 
 def test_a_notebook_without_claims_is_shown_without_counts():
