@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 import ipywidgets as w
+import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
 
@@ -110,6 +111,8 @@ class Worker:
             return None
 
     def _work(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # a new thread has no CUDA context until its first call, and cuBLAS warns if that call is its own
         while found := self._next():
             pane, turn = found
             try:
