@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 
 import pandas as pd
@@ -104,6 +105,11 @@ def load_text(name: str, max_docs: int | None = None) -> Dataset:
     """
     door(name=name)
     optionally(max_docs=max_docs)
+    return _read(name, max_docs).with_format(None)  # a copy: a format that somebody sets is theirs
+
+
+@lru_cache(maxsize=2)  # an archive takes seconds to unpack, and a process asks for the same text again and again
+def _read(name: str, max_docs: int | None) -> Dataset:
     if name in HUB:
         if max_docs is None:
             raise ValueError(

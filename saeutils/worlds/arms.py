@@ -17,7 +17,6 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -106,7 +105,7 @@ def corpus(arm: str, seed: int, *, words: int = 4_000, held_out: int = 2_000, do
             second, others = (redrawn(side, known_words[1::2], rng) for side in (second, apart))
         sides = first, [mirror(t) for t in second]
         return Corpus(_documents(*sides, rng)[:docs], apart, [mirror(t) for t in others], word_tokenizer(known_words))
-    rest, apart = bilingual.hold_out(_tatoeba(), held_out, seed)
+    rest, apart = bilingual.hold_out(text.load_text("tatoeba"), held_out, seed)
     if arm == "unrelated":
         rest["en"] = [rest["en"][i] for i in rng.permutation(len(rest["en"]))]
     tokenizer = AutoTokenizer.from_pretrained(files.data_dir() / "bilingual-lm" / "step-0004000")
@@ -128,14 +127,9 @@ def redrawn(sentences: Sequence[str], broken: Sequence[str], rng: np.random.Gene
 
 
 @cache
-def _tatoeba() -> Dataset:
-    return text.load_text("tatoeba")
-
-
-@cache
 def english(words: int) -> tuple[list[str], list[str]]:
     """Tatoeba's English sentences that the commonest ``words`` words make up, words apart by blanks; and these words, commonest first."""
-    split = [WORD.findall(t) for t in dict.fromkeys(_tatoeba()["en"][:])]
+    split = [WORD.findall(t) for t in dict.fromkeys(text.load_text("tatoeba")["en"][:])]
     counts = Counter(word for sentence in split for word in sentence if word.isascii())
     known = [word for word, _ in counts.most_common(words)]
     inside = set(known)
