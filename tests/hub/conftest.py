@@ -27,7 +27,7 @@ CAP = (
     "toy_features=32,toy_d=16,latents=1000"
 )
 # on top of CAP: the SAE's own block; sizes that other notebooks have under another meaning, or that must divide
-OWN = {"01": ",block=8", "02": ",expansion=2,arm_l1s=1,narrow=1,wider=1,width_steps=4,narrow_l1s=2", "03": ",expansions=2,ks=2,split_k=16,split_steps=6,test=500", "04": ",width=32,lm_layers=2,lm_batch=2,lrs=1,steps=4,other_steps=1,latents=128,sentences=150,natural=2,natural_docs=120,natural_latents=128,natural_k=4,natural_batch=128,natural_steps=4,chain_steps=3", "05": ",docs=200,steps=8,gaussian=4,long=1,test=600,read=50,pairs=1", "06": ",other_l0s=1,seeds=2,judged=5,windows=40,per_class=12,per_cell=6,words=60,sets=1,topics=2,topic_docs=2,loss_docs=2", "07": ",tokens=3", "08": ",copies=2,width=60,widths=1,pool=2000,edge_features=1,ratios=7,every=3,lm_steps=4,lm_batch=128,latents=160,pairs=2"}
+OWN = {"01": ",block=8", "02": ",expansion=2,arm_l1s=1,narrow=1,wider=1,width_steps=4,narrow_l1s=2", "03": ",expansions=2,ks=2,split_k=16,split_steps=6,test=500", "04": ",lms=1,width=32,lm_layers=2,lm_batch=2,lrs=1,steps=4,other_steps=1,latents=128,sentences=150,natural=2,natural_docs=120,natural_latents=128,natural_k=4,natural_batch=128,natural_steps=4,chain_steps=3", "05": ",docs=200,steps=8,gaussian=4,long=1,test=600,read=50,pairs=1", "06": ",other_l0s=1,seeds=2,judged=5,windows=40,per_class=12,per_cell=6,words=60,sets=1,topics=2,topic_docs=2,loss_docs=2", "07": ",tokens=3", "08": ",copies=2,width=60,widths=1,pool=2000,edge_features=1,ratios=7,every=3,lm_steps=4,lm_batch=128,latents=160,pairs=2"}
 FACTS = ("06",)  # asks what the LM knows
 
 
@@ -76,7 +76,8 @@ def kernel(environment, stand_in, shared, request) -> Iterator[KernelManager]:
             if not (here := cache / size / "archives").exists():
                 put(gemma, cache / size / "models" / gemma.name)
                 here.symlink_to(files.cache_dir("archives"))
-    env = environment(cache, cache / "thin") | {"SAEUTILS_SCALE": scale, "OMP_NUM_THREADS": "1"}
+    # a job at a time and in the kernel, as where there is one GPU; processes of their own are tried at smoke
+    env = environment(cache, cache / "thin") | {"SAEUTILS_SCALE": scale, "OMP_NUM_THREADS": "1", "LOKY_MAX_CPU_COUNT": "1"}
     # LLM-jp's checkpoints are on no hub: they come as folders
     env |= {"SAEUTILS_CHECKPOINTS": str(stand_in / "llm-jp-3-1.8b")} if scale == "paper" else {}
     manager, client = start_new_kernel(kernel_name="python3", env=env, cwd=str(NOTEBOOKS))
