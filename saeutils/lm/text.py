@@ -105,18 +105,16 @@ def load_text(name: str, max_docs: int | None = None) -> Dataset:
     """
     door(name=name)
     optionally(max_docs=max_docs)
-    return _read(name, max_docs).with_format(None)  # a copy: a format that somebody sets is theirs
+    if name not in HUB:
+        return _embedded(name, max_docs).with_format(None)  # a copy: a format that somebody sets is theirs
+    if max_docs is None:
+        raise ValueError(f"{name} is streamed from the hub: say how much, e.g. load_text({name!r}, max_docs=10_000)")
+    return _dataset(name, _stream_hub(name), max_docs)
 
 
 @lru_cache(maxsize=2)  # an archive takes seconds to unpack, and a process asks for the same text again and again
-def _read(name: str, max_docs: int | None) -> Dataset:
-    if name in HUB:
-        if max_docs is None:
-            raise ValueError(
-                f"{name} is streamed from the hub: say how much, e.g. load_text({name!r}, max_docs=10_000)"
-            )
-        rows = _stream_hub(name)
-    elif name.startswith("labelled/"):
+def _embedded(name: str, max_docs: int | None) -> Dataset:
+    if name.startswith("labelled/"):
         if (task := name.removeprefix("labelled/")) not in labelled_tasks():
             raise ValueError(f"no labelled set {task!r}; there are {labelled_tasks()}")
         rows = _labelled(task)
@@ -124,6 +122,10 @@ def _read(name: str, max_docs: int | None) -> Dataset:
         rows = EMBEDDED[name]()
     else:
         raise ValueError(f"unknown text name={name!r}; embedded: {sorted(EMBEDDED)} and labelled/TASK; hub: {sorted(HUB)}")
+    return _dataset(name, rows, max_docs)
+
+
+def _dataset(name: str, rows: Iterator[dict], max_docs: int | None) -> Dataset:
     found = [row for row in islice(rows, max_docs) if row["text"].strip()]
     if not found:
         raise ValueError(f"{name} gave no text")

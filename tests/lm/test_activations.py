@@ -177,7 +177,7 @@ def test_stream_holds_its_pool_and_reads_no_further(wiki, monkeypatch):
 def test_stream_never_overflows_its_pool(wiki, monkeypatch, buffer, batch_size):
     monkeypatch.setenv("SAEUTILS_CAP", "shard_tokens=2000")
     stream = streams.stream("gemma-3-270m", HOOK, wiki, batch_size=batch_size, context=64, buffer=buffer)
-    for batch in islice(stream, 15_000 // batch_size):  # the pool is filled three times or more
+    for batch in islice(stream, 30_000 // batch_size):
         assert batch.shape == (batch_size, 640)
 
 
