@@ -113,6 +113,8 @@ def test_the_notebook_finds_its_models_shipped(monkeypatch):
         (cell,) = [c for c in cells if c.startswith(begins)]
         exec(cell, own)
     assert own["S"].run == 0 and set(own["steps_of"]) == {"mirrored", "broken"}
-    for arm, seed in product(own["steps_of"], range(10, 10 + own["S"].lms)):
+    (seeds,) = [line for cell in cells for line in cell.splitlines() if line.startswith("seeds = ")]
+    exec(seeds, own | {"numbers": range(own["S"].lms)}, own)
+    for arm, seed in product(own["steps_of"], own["seeds"]):
         found = arms.checkpoints(arm, seed, own["steps_of"][arm], **own["shape"])
         assert all(Path(where["name"]).is_relative_to(files.data_dir()) for where in found.values())
