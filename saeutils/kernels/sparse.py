@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -42,8 +43,15 @@ def by_latent(column: Tensor, entries: Tensor, d_sae: int) -> Tensor:
     return torch.bincount(column, entries.double(), minlength=d_sae).to(entries.dtype)
 
 
+@cache
+def _quiet() -> None:
+    """PyTorch 2.11 and 2.12 warn of unchecked invariants even where ``check_invariants`` is given (pytorch#184610)."""
+    warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+
+
 def coo(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """Active latents as a sparse COO tensor [batch, d_sae], detached."""
+    _quiet()
     return torch.sparse_coo_tensor(torch.stack([row, column]), values.detach(), shape, check_invariants=False)
 
 
