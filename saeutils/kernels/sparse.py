@@ -1,8 +1,8 @@
 """An SAE as one autograd function that never leaves the active latents: a search for them, and sparse work on what is found."""
 
 import warnings
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,6 +14,14 @@ from saeutils.kernels import ranks, search
 DENSE_ABOVE = 1 / 8  # share of active latents above which dense products are quicker than sparse ones
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warnings of beta state and unchecked invariants; 2.11 and 2.12 give the latter whatever is asked (pytorch#184610)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse")
+        yield
+
+
 def transposed(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Callable[[Tensor, Tensor], Tensor]:
     """For sparse S [batch, d_sae] with entries at (row, column): ``times(entries, dense)`` = Sᵀ·dense, [d_sae, d_in]."""
     batch, d_sae = shape
@@ -22,8 +30,7 @@ def transposed(row: Tensor, column: Tensor, shape: tuple[int, int]) -> Callable[
     sources = row[order].int()
 
     def times(entries: Tensor, dense: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse")
+        with _quiet():
             matrix = torch.sparse_csr_tensor(crow, sources, entries[order], (d_sae, batch))
             out = dense.new_empty(d_sae, dense.shape[1])
             return torch.addmm(out, matrix, dense, beta=0, out=out)  # ``@`` fills it with zeros first
@@ -43,16 +50,10 @@ def by_latent(column: Tensor, entries: Tensor, d_sae: int) -> Tensor:
     return torch.bincount(column, entries.double(), minlength=d_sae).to(entries.dtype)
 
 
-@cache
-def _quiet() -> None:
-    """PyTorch 2.11 and 2.12 warn of unchecked invariants even where ``check_invariants`` is given (pytorch#184610)."""
-    warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
-
-
 def coo(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """Active latents as a sparse COO tensor [batch, d_sae], detached."""
-    _quiet()
-    return torch.sparse_coo_tensor(torch.stack([row, column]), values.detach(), shape, check_invariants=False)
+    with _quiet():
+        return torch.sparse_coo_tensor(torch.stack([row, column]), values.detach(), shape, check_invariants=False)
 
 
 class Active(torch.autograd.Function):
