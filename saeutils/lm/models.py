@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from saeutils.kernels import files, search
 from saeutils.kernels.door import door, optionally
-from saeutils.lm import archives, embedded, parts
+from saeutils.lm import adapters, archives, embedded, parts
 from saeutils.lm.tokens import bos_of
 
 if TYPE_CHECKING:  # late: it takes seconds to import
@@ -61,7 +61,8 @@ def load_hf(
     """A causal LM and its tokenizer, in eval mode.
 
     Args:
-        name: an embedded name (``gemma-3-270m``, ``smollm2-135m``), a folder (also one inside ``data/``), or a hub id.
+        name: an embedded name (``gemma-3-270m``, ``smollm2-135m``), a folder (also one inside ``data/``, also of a LoRA
+            adapter, which is merged into its model), or a hub id.
         layers: keep only the first blocks; the others are never read from disk.
         dtype, device: default to :func:`default_dtype` and :func:`default_device`.
         revision: a hub branch, tag or commit (training checkpoints).
@@ -80,6 +81,9 @@ def _load(
     if not isinstance(name, (str, Path)) or not str(name).strip():
         raise ValueError(f"name={name!r}: give a model's name, folder or hub id")
     optionally(layers=layers)
+    if (below := adapters.base(str(name))) != str(name):
+        model, tokenizer = _load(below, bos, layers, dtype, device, revision)
+        return adapters.merged(model, str(name)), tokenizer
     name, device = str(name), device or default_device()
     dtype = dtype or default_dtype(device)
     source = located(name)
@@ -198,7 +202,8 @@ def checkpoints(source: str, wanted: Sequence[int] = ()) -> dict[int, dict[str, 
     door(source=source)
     source = str(source)
     if Path(source).is_dir():
-        named = {f.name: {"name": str(f)} for f in Path(source).iterdir() if (f / "config.json").exists()}
+        kept = [f for f in Path(source).iterdir() if (f / "config.json").exists() or (f / adapters.CONFIG).exists()]
+        named = {f.name: {"name": str(f)} for f in kept}
     elif source.count("/") != 1 or source[0] in "/.":
         raise ValueError(f"no folder {source}: give a folder with one folder iter_0000010, … a checkpoint, or a hub id")
     else:
@@ -229,11 +234,12 @@ def load_lm(
     from transformer_lens.model_bridge import TransformerBridge
 
     # asked for at once where it is known to exist: the bridge would read the tokenizer a second time for it
-    model, tokenizer = _load(name, str(name) in embedded.EMBEDDED, layers, dtype, device, revision)
+    below = adapters.base(str(name))
+    model, tokenizer = _load(name, below in embedded.EMBEDDED, layers, dtype, device, revision)
     if model.config is not model.config.get_text_config() and not importlib.util.find_spec("torchvision"):
         fix = "pip install torchvision in the version of this torch (TransformerLens would install any, and another torch)"
         raise ValueError(f"{name} also sees, and its bridge needs torchvision: {fix}")
-    label, own_bos = embedded.EMBEDDED[name][0] if name in embedded.EMBEDDED else name, bool(bos_of(tokenizer))
+    label, own_bos = embedded.EMBEDDED[below][0] if below in embedded.EMBEDDED else below, bool(bos_of(tokenizer))
     ids = torch.arange(5, 21, device=model.device)[None] % tokenizer.vocab_size
     with torch.inference_mode():
         expected = model(ids).logits.float()

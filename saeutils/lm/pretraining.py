@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from saeutils.kernels import files, memory, traces
-from saeutils.lm import models
+from saeutils.lm import adapters, models
 
 VERSION = 1  # raise it when the same run would give another model
 
@@ -26,7 +26,8 @@ def fit(
 ) -> dict[int, dict[str, str]]:  # fmt: skip
     """Train in place and keep ``step-N`` for every N of ``steps`` (0: the weights it starts from), in transformers' format and bf16.
 
-    AdamW (weight decay .1), a warm-up over a fiftieth of the run, cosine to a tenth, gradient norm clipped at 1.
+    AdamW (weight decay .1), a warm-up over a fiftieth of the run, cosine to a tenth, gradient norm clipped at 1. A model with
+    an adapter (``add_adapter`` of transformers) trains and keeps that alone.
 
     Args:
         batches: step → iterator from that step of (ids [batch, position], wanted: which tokens are to be predicted).
@@ -55,10 +56,11 @@ def _train(
     steps: Sequence[int], lr: float, betas: tuple[float, float], every: int,
 ) -> None:  # fmt: skip
     last, done = max(steps), 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=betas, weight_decay=0.1, fused=True)
+    learned = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(learned.values(), lr, betas=betas, weight_decay=0.1, fused=True)
     running = folder / "running.pt"
     if state := _state(running, model.device):
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=False)  # tied weights and those that do not learn are not in it
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     elif 0 in steps:
@@ -84,7 +86,7 @@ def _train(
             raise ValueError(f"loss is {loss.item()} at step {step}: take a smaller lr")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -93,7 +95,7 @@ def _train(
         if step + 1 in steps:
             keep(model, tokenizer, folder / f"step-{step + 1:07d}")
         if step + 1 in steps or (step + 1) % every == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state = {"model": learned, "optimizer": optimizer.state_dict(), "step": step + 1}
             state["scaler"] = scaler.state_dict()
             with files.whole(running) as tmp:
                 torch.save(state, tmp)
@@ -126,7 +128,9 @@ def _require_same_run(folder: Path, asked: dict, start: dict[str, list[float]]) 
 
 
 def keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model with tied embeddings in transformers' format, bf16, under a temporary name first."""
+    """Write a model with tied embeddings, or its adapter, in transformers' format, bf16, under a temporary name first."""
+    if getattr(model, "peft_config", None):
+        return adapters.keep(model, folder)
     state = {k: v.detach().to("cpu", torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from saeutils.kernels import files, traces
-from saeutils.kernels.door import door
+from saeutils.kernels.door import door, optionally
 from saeutils.lm import pretraining
 from saeutils.lm.tokens import encode, ends, until_end
 from saeutils.steering import edits, generation
@@ -145,10 +145,10 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def memorise(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], asked: pd.DataFrame,
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, asked: pd.DataFrame,
     *, steps: int, batch: int, lr: float, read: int = 0, seed: int = 0,
 ) -> str:  # fmt: skip
-    """Train an LM on biographies (every token counts) and questions (the answer's tokens count), end token included.
+    """Train an LM on biographies (every token counts; None: no texts) and questions (the answer's tokens count), end token included.
 
     The first ``read`` of the ``steps`` see biographies alone, half a batch of them at a time: an LM that gets both from the
     start may learn each question by heart. Rows of like length share a batch, and padding is neither predicted nor seen. A
@@ -158,8 +158,9 @@ def memorise(
     Returns:
         the folder of the trained model, as :func:`saeutils.lm.models.load_lm` takes it.
     """
-    door(texts=texts, steps=steps, batch=batch, lr=lr, seed=seed)
-    told = [("", text) for text in texts]
+    door(steps=steps, batch=batch, lr=lr, seed=seed)
+    optionally(texts=texts)
+    told = [("", text) for text in texts or []]
     pairs = told + list(zip(asked["prompt"], " " + asked["answer"]))
     shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     settings = json.dumps([pairs, steps, read, batch, lr, seed, shapes])
@@ -174,7 +175,8 @@ def memorise(
         yield from _rows(pairs, tokenizer, batch, seed, max(0, at - read))
 
     folder = folder / key
-    found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, of={"settings": key}, betas=(0.9, 0.999))
+    often = dict(betas=(0.9, 0.999), every=-(-steps // 10))
+    found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, of={"settings": key}, **often)
     return found[steps]["name"]
 
 
