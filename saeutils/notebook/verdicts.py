@@ -119,9 +119,9 @@ def _unbounded(values: np.ndarray, control: np.ndarray, statistic: str | Callabl
         return f"{len(values)} units, {FEWEST} are needed"
     if statistic != "mean" and min(len(values), len(control)) < metrics.FEWEST:
         return f"{len(values)} units, a bootstrap needs {metrics.FEWEST}"
-    for name, x in (("values", values), ("the control", control)):
+    for whose, x in (("its units", values), ("the control's units", control)):
         if items is None and np.ptp(x) == 0:
-            return f"{name} are the same number in every unit: say of how many items it is a share"
+            return f"{whose} all have the same number, which gives no interval: say of how many items it is a share"
     return ""
 
 

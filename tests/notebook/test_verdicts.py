@@ -107,7 +107,7 @@ def test_units_are_paired_by_name_or_place():
 def test_shares_of_few_items_are_no_proof():
     assert verdict([1.0, 1.0, 1.0], at_least(0.9), [0.0, 0.0, 0.0], items=300).holds == "yes"
     assert verdict([1.0, 1.0, 1.0], at_least(0.9), [0.0, 0.0, 0.0], items=12).holds == "cannot tell"
-    assert "same number in every unit" in verdict([1.0, 1.0, 1.0], at_least(0.9), [0.0, 0.0, 0.0]).why
+    assert "its units all have the same number" in verdict([1.0, 1.0, 1.0], at_least(0.9), [0.0, 0.0, 0.0]).why
 
 
 def test_seeds_and_items_together():
