@@ -121,7 +121,7 @@ def _unbounded(values: np.ndarray, control: np.ndarray, statistic: str | Callabl
         return f"{len(values)} units, a bootstrap needs {metrics.FEWEST}"
     for whose, x in (("its units", values), ("the control's units", control)):
         if items is None and np.ptp(x) == 0:
-            return f"{whose} all have the same number, which gives no interval: say of how many items it is a share"
+            return f"{whose} all have the same number and so no interval: say of how many items it is a share"
     return ""
 
 
