@@ -246,7 +246,8 @@ def last_states(
             to.append(x[torch.arange(len(x)), end].float().cpu())
 
         with edits.edited(lm, [(hook, functools.partial(look, to=to)) for hook, to in kept.items()]):
-            lm(torch.nn.utils.rnn.pad_sequence(part, batch_first=True), return_type=None)
+            padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+            lm.original_model(padded, use_cache=False, logits_to_keep=1)  # a large vocabulary is most of a small model's work
     back = torch.tensor(order).argsort()
     return {hook: torch.cat(parts)[back] for hook, parts in kept.items()}
 
