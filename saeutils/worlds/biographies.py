@@ -233,7 +233,7 @@ def answers(
 def last_states(
     lm: TransformerBridge, prompts: Sequence[str], hooks: Sequence[str], batch_size: int = 256
 ) -> dict[str, Tensor]:
-    """Activations on the last token of each prompt, at several hook points in one pass: {hook: [n, d]}."""
+    """Activations on the last token of each prompt, at several hook points in one pass (logits of one position): {hook: [n, d]}."""
     require_prompts(prompts, lm=lm, batch_size=batch_size)
     ids = [encode(lm, p)[0] for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -246,8 +246,7 @@ def last_states(
             to.append(x[torch.arange(len(x)), end].float().cpu())
 
         with edits.edited(lm, [(hook, functools.partial(look, to=to)) for hook, to in kept.items()]):
-            padded = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
-            lm.original_model(padded, use_cache=False, logits_to_keep=1)  # a large vocabulary is most of a small model's work
+            lm.original_model(torch.nn.utils.rnn.pad_sequence(part, batch_first=True), use_cache=False, logits_to_keep=1)
     back = torch.tensor(order).argsort()
     return {hook: torch.cat(parts)[back] for hook, parts in kept.items()}
 
