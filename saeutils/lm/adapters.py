@@ -44,16 +44,16 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
         model.peft_config["default"].save_pretrained(tmp)
 
 
-def base(name: str) -> str:
-    """The model that an adapter's folder belongs to; any other name as it is.
+def base(folder: str) -> str | None:
+    """The model that an adapter's folder belongs to; None: it is no adapter's.
 
     Raises:
         ValueError: the folder names no model, or its weights are not in safetensors.
     """
-    if not (config := Path(name) / CONFIG).exists():
-        return name
+    if not (config := Path(folder) / CONFIG).exists():
+        return None
     if not (config.parent / WEIGHTS).exists():
-        raise ValueError(f"{name} has no {WEIGHTS}: save the adapter again with safe_serialization=True")
+        raise ValueError(f"{folder} has no {WEIGHTS}: save the adapter again with safe_serialization=True")
     if not (found := json.loads(config.read_text()).get("base_model_name_or_path")):
         raise ValueError(f"{config} does not say which model it adapts: write its name under base_model_name_or_path")
     return found

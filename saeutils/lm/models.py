@@ -47,7 +47,17 @@ def located(name: str) -> str:
     if name in embedded.EMBEDDED:
         return str(embedded.local_dir(name))
     shipped = files.data_dir() / name
-    return str(shipped) if (shipped / "config.json").exists() else name
+    return str(shipped) if _holds(shipped) else name
+
+
+def _holds(folder: Path) -> bool:
+    """Whether a model lies there, or the adapter of one."""
+    return (folder / "config.json").exists() or (folder / adapters.CONFIG).exists()
+
+
+def _base(name: str) -> str:
+    """The model below an adapter's folder, which brings architecture and tokenizer; any other name as it is."""
+    return adapters.base(located(name)) or name
 
 
 def load_hf(
@@ -81,9 +91,9 @@ def _load(
     if not isinstance(name, (str, Path)) or not str(name).strip():
         raise ValueError(f"name={name!r}: give a model's name, folder or hub id")
     optionally(layers=layers)
-    if (below := adapters.base(str(name))) != str(name):
+    if (below := _base(str(name))) != str(name):
         model, tokenizer = _load(below, bos, layers, dtype, device, revision)
-        return adapters.merged(model, str(name)), tokenizer
+        return adapters.merged(model, located(str(name))), tokenizer
     name, device = str(name), device or default_device()
     dtype = dtype or default_dtype(device)
     source = located(name)
@@ -109,7 +119,7 @@ def _load(
 def load_tokenizer(name: str, revision: str | None = None) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of :func:`load_hf` without its model."""
     with _hub_errors(name), embedded.quiet():
-        return _tokenizer(located(name), revision, False)
+        return _tokenizer(located(_base(name)), revision, False)
 
 
 def _tokenizer(source: str, revision: str | None, bos: bool) -> transformers.PreTrainedTokenizerBase:
@@ -158,7 +168,8 @@ def identity(name: str, revision: str | None = None) -> str:
     if name in embedded.EMBEDDED:
         return name + str([archives.pinned()[archive]["sha256"] for archive, _ in embedded.EMBEDDED[name][1]])
     if (folder := Path(located(name))).is_dir():
-        return str([(f.name, files.sha256_of(f)) for f in sorted(folder.iterdir()) if f.is_file()])
+        own, below = [(f.name, files.sha256_of(f)) for f in sorted(folder.iterdir()) if f.is_file()], _base(name)
+        return str(own) + (identity(below) if below != name else "")
     with _hub_errors(name):
         config = hf_hub_download(name, "config.json", revision=revision)  # …/snapshots/COMMIT/config.json
     return f"{name}@{Path(config).parent.name}"
@@ -202,8 +213,7 @@ def checkpoints(source: str, wanted: Sequence[int] = ()) -> dict[int, dict[str, 
     door(source=source)
     source = str(source)
     if Path(source).is_dir():
-        kept = [f for f in Path(source).iterdir() if (f / "config.json").exists() or (f / adapters.CONFIG).exists()]
-        named = {f.name: {"name": str(f)} for f in kept}
+        named = {f.name: {"name": str(f)} for f in Path(source).iterdir() if _holds(f)}
     elif source.count("/") != 1 or source[0] in "/.":
         raise ValueError(f"no folder {source}: give a folder with one folder iter_0000010, … a checkpoint, or a hub id")
     else:
@@ -234,7 +244,7 @@ def load_lm(
     from transformer_lens.model_bridge import TransformerBridge
 
     # asked for at once where it is known to exist: the bridge would read the tokenizer a second time for it
-    below = adapters.base(str(name))
+    below = _base(str(name))
     model, tokenizer = _load(name, below in embedded.EMBEDDED, layers, dtype, device, revision)
     if model.config is not model.config.get_text_config() and not importlib.util.find_spec("torchvision"):
         fix = "pip install torchvision in the version of this torch (TransformerLens would install any, and another torch)"

@@ -60,7 +60,9 @@ def _train(
     optimizer = torch.optim.AdamW(learned.values(), lr, betas=betas, weight_decay=0.1, fused=True)
     running = folder / "running.pt"
     if state := _state(running, model.device):
-        model.load_state_dict(state["model"], strict=False)  # tied weights and those that do not learn are not in it
+        with torch.no_grad():
+            for name, weight in learned.items():
+                weight.copy_(state["model"][name])
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     elif 0 in steps:

@@ -160,7 +160,7 @@ def memorise(
     """
     door(steps=steps, batch=batch, lr=lr, seed=seed)
     optionally(texts=texts)
-    told = [("", text) for text in texts or []]
+    told = [] if texts is None else [("", text) for text in texts]
     pairs = told + list(zip(asked["prompt"], " " + asked["answer"]))
     shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
     settings = json.dumps([pairs, steps, read, batch, lr, seed, shapes])
@@ -175,8 +175,9 @@ def memorise(
         yield from _rows(pairs, tokenizer, batch, seed, max(0, at - read))
 
     folder = folder / key
-    often = dict(betas=(0.9, 0.999), every=-(-steps // 10))
-    found = pretraining.fit(folder, model, tokenizer, batches, [steps], lr, of={"settings": key}, **often)
+    found = pretraining.fit(
+        folder, model, tokenizer, batches, [steps], lr, of={"settings": key}, betas=(0.9, 0.999), every=-(-steps // 10)
+    )
     return found[steps]["name"]
 
 
