@@ -37,7 +37,7 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
     """Write a model's adapter in PEFT's format, bf16, under a temporary name first."""
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(model)  # names as of a model inside PEFT's, which is what PEFT and the hub read
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)  # names as of a model inside PEFT's, which is what PEFT and the hub read
     state = {PREFIX + k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in found.items()}
     with files.whole_folder(folder, again=True) as tmp:
         save_file(state, tmp / WEIGHTS, {"format": "pt"})
@@ -70,6 +70,6 @@ def merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     with safe_open(Path(folder) / WEIGHTS, "pt") as f, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it would warn of is raised below
         adapted, found = PeftModel.from_pretrained(model, folder), set(f.keys())
-    if missing := sorted(set(get_peft_model_state_dict(adapted)) - found):
+    if missing := sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - found):
         raise ValueError(f"{folder} lacks {len(missing)} weights ({', '.join(missing[:2])}, …): is it of another model?")
     return adapted.merge_and_unload().eval()
