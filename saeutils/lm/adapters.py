@@ -35,10 +35,8 @@ def add(model: PreTrainedModel, name: str, rank: int = 16, seed: int = 0) -> Pre
 
 def keep(model: PreTrainedModel, folder: Path) -> None:
     """Write a model's adapter in PEFT's format, bf16, under a temporary name first."""
-    from peft import get_peft_model_state_dict
-
-    found = get_peft_model_state_dict(model, save_embedding_layers=False)  # names as of a model inside PEFT's, which is what PEFT and the hub read
-    state = {PREFIX + k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in found.items()}
+    # names as of a model inside PEFT's, which is what PEFT and the hub read
+    state = {PREFIX + k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in _weights(model).items()}
     with files.whole_folder(folder, again=True) as tmp:
         save_file(state, tmp / WEIGHTS, {"format": "pt"})
         model.peft_config["default"].save_pretrained(tmp)
@@ -65,11 +63,18 @@ def merged(model: PreTrainedModel, folder: str) -> PreTrainedModel:
     Raises:
         ValueError: the adapter lacks weights; PEFT itself would leave those maps as they were and warn.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     with safe_open(Path(folder) / WEIGHTS, "pt") as f, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it would warn of is raised below
         adapted, found = PeftModel.from_pretrained(model, folder), set(f.keys())
-    if missing := sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - found):
+    if missing := sorted(set(_weights(adapted)) - found):
         raise ValueError(f"{folder} lacks {len(missing)} weights ({', '.join(missing[:2])}, …): is it of another model?")
     return adapted.merge_and_unload().eval()
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's own weights by name. PEFT would ask the hub whether the embeddings were resized; they never are here."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
