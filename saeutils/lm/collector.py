@@ -164,7 +164,7 @@ class Collector:
         known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         self.special = torch.tensor([i for i in known if i is not None], dtype=torch.long)
         if parse_hook(hook)[1] == "hook_mlp_out":
-            self._require_mlp_out(lm, _bridged(lm, hook, tuple(sorted(load.items()))))
+            self._require_mlp_out(lm, load)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
@@ -187,14 +187,22 @@ class Collector:
             handle.remove()
         return reached[0]
 
-    def _require_mlp_out(self, lm: str, theirs: Tensor) -> None:
+    def _require_mlp_out(self, lm: str, load: dict[str, object]) -> None:
         """The module must give what the hook point holds, all that the MLP adds to the stream.
+
+        Half precision's rounding adds up over blocks (Gemma: .6% in the first, 5% in the fourteenth): what looks wrong in it is
+        asked again in float32.
 
         Raises:
             ValueError: the block adds something else (Granite multiplies it, BLOOM's MLP gives the whole stream).
         """
+        theirs = _bridged(lm, self.hook, tuple(sorted(load.items())))
         ours = self.forward(PROBE).float().cpu()
-        if float((ours - theirs).norm() / theirs.norm()) > parts.tolerance(self.model.dtype):
+        if float((ours - theirs).norm() / theirs.norm()) <= parts.tolerance(self.model.dtype):
+            return
+        if self.model.dtype != torch.float32:
+            Collector(lm, self.hook, **load | {"dtype": torch.float32, "device": "cpu"})
+        else:
             raise ValueError(
                 f"{lm}: in a {self.model.config.model_type} block the MLP module's output is not what it adds to the "
                 "residual stream, which is what hook_mlp_out means: collect hook_resid_post"

@@ -44,6 +44,8 @@ def test_collected_rows_are_the_hook_points(kind, folder, lm):
         if kind in ADDS_OTHERWISE and hook.endswith("mlp_out"):
             with pytest.raises(ValueError, match=f"in a {kind} block the MLP module's output is not what it adds"):
                 collector.Collector(folder, hook, dtype=F32)
+            with pytest.raises(ValueError, match=f"in a {kind} block the MLP module's output is not what it adds"):
+                collector.Collector(folder, hook, dtype=torch.bfloat16)
             continue
         got = collector.Collector(folder, hook, dtype=F32).forward(IDS)
         assert (got - cache[hook]).norm() < 1e-4 * cache[hook].norm(), hook
@@ -119,10 +121,11 @@ def test_positions_are_counted_across_any_cache(lm):
     assert moved == [False, False, True, False]
 
 
-def test_a_bridge_that_computes_otherwise_is_refused():
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_a_bridge_that_computes_otherwise_is_refused(dtype):
     folder = tiny.saved("cohere")
     with pytest.raises(ValueError, match="bridge of cohere computes other logits than transformers, by"):
-        models.load_lm(folder, dtype=F32)
+        models.load_lm(folder, dtype=dtype)
     model, _ = models.load_hf(folder, dtype=F32)
     with torch.no_grad():
         expected = model(IDS, output_hidden_states=True).hidden_states[2]
@@ -160,3 +163,10 @@ def test_missing_weights_are_refused_and_tied_ones_are_not_missed():
     assert "lm_head.weight" not in load_file(f"{tied}/model.safetensors")
     model, _ = models.load_hf(tied, dtype=F32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_rounding_that_adds_up_is_no_other_architecture(monkeypatch):
+    monkeypatch.setattr(parts, "tolerance", lambda dtype: 1e-3)  # of one block in bfloat16 it is more, of float32 less
+    folder = tiny.saved("gemma3")
+    assert models.load_lm(folder, dtype=torch.bfloat16).cfg.dtype == torch.bfloat16
+    assert collector.Collector(folder, "blocks.2.hook_mlp_out", dtype=torch.bfloat16).model.dtype == torch.bfloat16
