@@ -47,7 +47,7 @@ def checkpoints(
     arm: str, seed: int, steps: Sequence[int], *, width: int = 128, layers: int = 4, heads: int = 4, batch: int = 64, lr: float = 2e-3,
     words: int = 4_000, held_out: int = 2_000, docs: int | None = None, device: str | None = None,
 ) -> dict[int, dict[str, str]]:  # fmt: skip
-    """An arm's LM at each of ``steps`` of its training: shipped in ``data/arms-lm``, made before, or trained now.
+    """An arm's LM at each of ``steps`` of its training: shipped in ``data/arms-lm…``, made before, or trained now.
 
     Llama-shaped, 1.8M weights at the usual size, batches of 64 rows of 64 tokens; :func:`saeutils.worlds.bilingual.train_lm`
     trains it. ``seed`` gives its first weights, and its :func:`corpus`.
@@ -61,7 +61,7 @@ def checkpoints(
     door(seed=seed, words=words, held_out=held_out, width=width, layers=layers, heads=heads, batch=batch, lr=lr)
     name = f"{arm}-{seed}-{files.key(VERSION, width, layers, heads, batch, lr, words, held_out, docs, max(steps))}"
     folder = files.cache_dir("models", "arms") / name
-    for home in (files.data_dir() / "arms-lm" / name, folder):
+    for home in (*files.data_dir().glob(f"arms-lm*/{name}"), folder):
         kept = sorted(int(f.name[5:]) for f in home.glob("step-*"))
         if set(kept) >= set(steps):
             return models.checkpoints(str(home), steps)

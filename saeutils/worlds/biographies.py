@@ -94,14 +94,17 @@ def _dates(n: int, rng: np.random.Generator) -> list[str]:
 
 
 def biographies(people: pd.DataFrame, variants: int = 5, seed: int = 0) -> list[str]:
-    """``variants`` texts a person: one statement for each relation, in random order; the name first, then the pronoun."""
+    """``variants`` texts a person: one statement for each relation, in random order, each with the name.
+
+    With a pronoun behind the first sentence a small LM learns the facts and cannot be asked for them ("Physics of language
+    models", part 3.1, arXiv:2309.14316).
+    """
     rng, texts = np.random.default_rng(seed), []
     for person in people.to_dict("records"):
         for _ in range(variants):
             said = rng.permutation(list(person)[2:])
             drawn = [rng.choice(lists()["relations"][r]["statements"]) for r in said]
-            subjects = [person["name"], *[person["pronoun"]] * (len(said) - 1)]
-            told = [t.format(s=s, v=person[r]) for t, s, r in zip(drawn, subjects, said)]
+            told = [t.format(s=person["name"], v=person[r]) for t, r in zip(drawn, said)]
             texts.append(" ".join(t[0].upper() + t[1:] for t in told))
     return texts
 

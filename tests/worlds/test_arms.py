@@ -118,3 +118,7 @@ def test_the_notebook_finds_its_models_shipped(monkeypatch):
     for arm, seed in product(own["steps_of"], own["seeds"]):
         found = arms.checkpoints(arm, seed, own["steps_of"][arm], **own["shape"])
         assert all(Path(where["name"]).is_relative_to(files.data_dir()) for where in found.values())
+    shape = dict(own["S"].side, held_out=own["S"].sentences)
+    for arm, i in product(("translations", "unrelated"), range(own["S"].sides)):
+        found = arms.checkpoints(arm, own["scales"].seed(10 + i), own["S"].side_steps, **shape)
+        assert all(Path(where["name"]).is_relative_to(files.data_dir()) for where in found.values())
