@@ -27,7 +27,7 @@ CAP = (
     "toy_features=32,toy_d=16,latents=1000"
 )
 # on top of CAP: the SAE's own block; sizes that other notebooks have under another meaning, or that must divide
-OWN = {"01": ",block=8", "02": ",expansion=2,arm_l1s=1,narrow=1,wider=1,width_steps=4,narrow_l1s=2", "03": ",expansions=2,ks=2,split_k=16,split_steps=6,test=500", "04": ",lms=1,width=32,lm_layers=2,lm_batch=2,lrs=1,steps=4,other_steps=1,latents=128,sentences=150,natural=2,natural_docs=120,natural_latents=128,natural_k=4,natural_batch=128,natural_steps=4,chain_steps=3", "05": ",texts=1,docs=200,steps=8,gaussian=4,long=1,test=600,read=50,pairs=1", "06": ",other_l0s=1,seeds=2,judged=5,windows=40,per_class=12,per_cell=6,words=60,sets=1,topics=2,topic_docs=2,loss_docs=2", "07": ",tokens=3", "08": ",copies=2,width=60,widths=1,pool=2000,edge_features=1,ratios=7,every=3,lm_steps=4,lm_batch=128,latents=160,pairs=2"}
+OWN = {"01": ",block=8", "02": ",expansion=2,arm_l1s=1,narrow=1,wider=1,width_steps=4,narrow_l1s=2", "03": ",expansions=2,ks=2,split_k=16,split_steps=6,test=500", "04": ",lms=1,sides=0,width=32,lm_layers=2,lm_batch=2,lrs=1,steps=4,other_steps=1,latents=128,sentences=150,natural=2,natural_docs=120,natural_latents=128,natural_k=4,natural_batch=128,natural_steps=4,chain_steps=3", "05": ",texts=1,docs=200,steps=8,gaussian=4,long=1,test=600,read=50,pairs=1", "06": ",other_l0s=1,seeds=2,judged=5,windows=40,per_class=12,per_cell=6,words=60,sets=1,topics=2,topic_docs=2,loss_docs=2", "07": ",tokens=3", "08": ",copies=2,width=60,widths=1,pool=2000,edge_features=1,ratios=7,every=3,lm_steps=4,lm_batch=128,latents=160,pairs=2"}
 FACTS = ("06",)  # asks what the LM knows
 
 
