@@ -259,9 +259,11 @@ def load_lm(
     bridge.cfg.default_prepend_bos = own_bos
     with torch.inference_mode():
         missed = float((bridge.eval()(ids).float() - expected).norm() / expected.norm())
-    if missed > parts.tolerance(model.dtype) and model.dtype != torch.float32:  # rounding adds up over blocks: asked without it
-        load_lm(name, layers=min(model.config.get_text_config().num_hidden_layers, 2), dtype=torch.float32, device="cpu", revision=revision)
-    elif missed > parts.tolerance(model.dtype):
-        kind = f"TransformerLens' bridge of {model.config.model_type}"
-        raise ValueError(f"{name}: {kind} computes other logits than transformers, by {missed:.0%}: only load_hf and collect can be trusted")
+    if missed > parts.tolerance(model.dtype):
+        if model.dtype != torch.float32:  # half precision's rounding adds up over blocks: asked again without it
+            few = min(model.config.get_text_config().num_hidden_layers, 2)
+            load_lm(name, layers=few, dtype=torch.float32, device="cpu", revision=revision)
+        else:
+            kind = f"TransformerLens' bridge of {model.config.model_type}"
+            raise ValueError(f"{name}: {kind} computes other logits than transformers, by {missed:.0%}: only load_hf and collect can be trusted")
     return bridge

@@ -42,10 +42,9 @@ def test_collected_rows_are_the_hook_points(kind, folder, lm):
     cache = _cache(lm, IDS)
     for hook in ("blocks.1.hook_resid_post", "blocks.1.hook_mlp_out"):
         if kind in ADDS_OTHERWISE and hook.endswith("mlp_out"):
-            with pytest.raises(ValueError, match=f"in a {kind} block the MLP module's output is not what it adds"):
-                collector.Collector(folder, hook, dtype=F32)
-            with pytest.raises(ValueError, match=f"in a {kind} block the MLP module's output is not what it adds"):
-                collector.Collector(folder, hook, dtype=torch.bfloat16)
+            for dtype in (F32, torch.bfloat16):
+                with pytest.raises(ValueError, match=f"in a {kind} block the MLP module's output is not what it adds"):
+                    collector.Collector(folder, hook, dtype=dtype)
             continue
         got = collector.Collector(folder, hook, dtype=F32).forward(IDS)
         assert (got - cache[hook]).norm() < 1e-4 * cache[hook].norm(), hook
