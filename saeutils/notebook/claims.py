@@ -197,7 +197,7 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
     """One row a claim from rows of several scales and runs: for each run its largest scale, and the verdict of both runs.
 
     Columns: those of the first run's row; ``holds`` and ``why`` are those of both, see ``verdicts.joined``; ``both``: what
-    each run measured.
+    each run measured; ``scale``: that of each where they differ.
     """
     order = {name: i for i, name in enumerate(scales.SCALES)}
     rows = []
@@ -206,5 +206,6 @@ def judged(table: pd.DataFrame) -> pd.DataFrame:
         largest = ranked.groupby("run").tail(1)
         holds, why = verdicts.joined(list(zip(largest["holds"], largest["why"])))
         shown = [f"{r['here']:.3g} [{r['low']:.3g}, {r['high']:.3g}]" for r in largest.to_dict("records")]
-        rows.append({**largest.iloc[0].drop("size").to_dict(), "holds": holds, "why": why, "both": "; ".join(shown)})
+        found = {"holds": holds, "why": why, "both": "; ".join(shown), "scale": "; ".join(largest["scale"].unique())}
+        rows.append(largest.iloc[0].drop("size").to_dict() | found)
     return pd.DataFrame(rows, columns=[*table.columns, "both"])

@@ -59,7 +59,7 @@ def test_readme_takes_the_largest_scale_of_each_run_and_both_must_agree(ledger):
     assert claims.judged(_kept())["why"].tolist() == ["the two runs disagree: yes, cannot tell"]
     _judge(ledger("overnight", 1))
     (row,) = claims.judged(_kept()).to_dict("records")
-    assert row["holds"] == "yes" and row["both"].count("[") == 2
+    assert row["holds"] == "yes" and row["both"].count("[") == 2 and row["scale"] == "laptop; overnight"
 
 
 def test_a_bar_changed_later_is_exploratory_for_good(ledger):
