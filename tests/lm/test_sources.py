@@ -1,12 +1,16 @@
 """Archives, models and text: what is pinned arrives, what is damaged is replaced, what is wrong says how to fix it."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
+import gguf
 import pytest
 import torch
+from transformers import AutoTokenizer, GemmaTokenizer
 
 from saeutils.kernels import files
 from saeutils.lm import archives, embedded, models, text
@@ -78,7 +82,7 @@ def test_converted_model_is_rebuilt_when_damaged(capsys, monkeypatch, tmp_path):
     whole = embedded.local_dir("smollm2-135m")
     monkeypatch.setenv("SAEUTILS_CACHE", str(tmp_path))  # others read the real one meanwhile
     without = shutil.ignore_patterns("sha256.json")
-    monkeypatch.setattr(embedded, "_convert", lambda name, to: shutil.copytree(whole, to, dirs_exist_ok=True, ignore=without))  # half a minute
+    monkeypatch.setattr(embedded, "_convert", lambda name, to: shutil.copytree(whole, to, dirs_exist_ok=True, ignore=without))  # a quarter of a minute
     folder = embedded.local_dir("smollm2-135m")
     assert json.loads((folder / "sha256.json").read_text()).keys() == json.loads((whole / "sha256.json").read_text()).keys()
     stamp = json.loads((folder / "sha256.json").read_text())
@@ -101,6 +105,25 @@ def test_bridge_equals_transformers(name):
     for layer in range(3):  # the last hidden state has passed the final norm
         ours = cache[f"blocks.{layer}.hook_resid_post"]
         assert (ours - states[layer + 1]).norm() <= 1e-3 * states[layer + 1].norm()
+
+
+def test_a_gguf_is_parsed_once_and_garbage_is_collected_again():
+    with mock.patch("gguf.GGUFReader", mock.Mock(side_effect=lambda path: object())) as parse:
+        with pytest.raises(OSError, match="cut short"), embedded.read_once():
+            assert gguf.GGUFReader("a") is gguf.GGUFReader("a") and not gc.isenabled()
+            raise OSError("cut short")
+        assert gguf.GGUFReader is parse and parse.call_count == 1 and gc.isenabled()
+
+
+def test_quick_tokenizers_are_the_models_own(tmp_path):
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "▁": 4, "a": 5, "b": 6, "ab": 7}
+    own = GemmaTokenizer(vocab=vocab, merges=[("a", "b")])
+    own.save_pretrained(tmp_path / "own")
+    embedded._save(own, tmp_path / "quick")
+    texts = ["ab a  bb<eos>", "", " b"]
+    own, quick = (AutoTokenizer.from_pretrained(tmp_path / kind) for kind in ("own", "quick"))
+    assert type(own) is not type(quick) and own.padding_side == quick.padding_side == "left"
+    assert own(texts, padding=True)["input_ids"] == quick(texts, padding=True)["input_ids"]
 
 
 def test_both_float_types_hold_the_same_weights():
