@@ -31,7 +31,7 @@ def show(
     lm: TransformerBridge, sae: SAE, *, hook: str | None = None, texts: Sequence[str] | None = None,
     latents: Sequence[int] = (), sentence: str = SENTENCE, prompt: str = "he is such a", strength: float = 0.5,
 ) -> None:  # fmt: skip
-    """Show the explorer, its first state worked out; below it stands a static rendering until it is used.
+    """Show the explorer, and work its first state out in it; below stands a static rendering until it is used.
 
     Args:
         hook: where the SAE reads; by default what its card says.
@@ -43,8 +43,7 @@ def show(
         ValueError: an SAE of another hook point or width than the language model has; no texts.
     """
     explorer = Explorer(lm, sae, hook, index.some_texts() if texts is None else texts)
-    explorer.begin(latents, sentence, prompt, strength)
-    live.show(explorer.worker, explorer.panel(), explorer.static())
+    live.show(explorer.worker, explorer.panel(), lambda _: explorer.begin(latents, sentence, prompt, strength), explorer.static)
 
 
 class Explorer(Board):
@@ -98,7 +97,7 @@ class Explorer(Board):
     # --- reading
 
     def begin(self, latents: Sequence[int], sentence: str, prompt: str, strength: float) -> None:
-        """The first state, worked out before anything is shown."""
+        """The first state."""
         with self._set():
             self.sentence.value = sentence
         self.seed = 0

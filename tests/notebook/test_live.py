@@ -120,6 +120,14 @@ def test_many_threads_ask_at_once_and_only_the_last_is_shown(worker):
         worker.wait(0.01)
 
 
+def test_a_panel_is_shown_before_its_first_state_is_worked_out(monkeypatch):
+    seen = []
+    monkeypatch.setattr(live, "display", lambda shown, **_: seen.append(getattr(shown, "data", "panel")))
+    pane = w.HTML()
+    live.show(live.Worker({"text": [pane]}), pane, lambda turn: seen.append(turn.check() or "worked"), lambda: "static")
+    assert seen == ["panel", "worked", "static"]
+
+
 STEERED = """
 import threading, time, torch
 import ipywidgets as w
@@ -129,8 +137,8 @@ from saeutils.notebook.widgets import live
 lm = models.load_lm("bilingual-lm/step-0004000")
 ids = lm.to_tokens("The girl went to")
 worker = live.Worker({"text": [w.HTML()]})
-live.show(worker, w.HTML("panel"), "<b>static</b>")
 made = []
+live.show(worker, w.HTML("panel"), lambda turn: turn.check(), lambda: "<b>static</b>")
 def write(turn):
     steps = steering.stepwise(lm, ids)
     while True:

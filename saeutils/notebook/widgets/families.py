@@ -31,8 +31,7 @@ def family_panel(
     if not np.array_equal(narrow.token, wide.token):
         raise ValueError("the two tables are of different texts: make both from the same activations")
     panel = _Families(narrow, wide, children, tokenizer)
-    panel.find(live.Turn(panel.find, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board([panel.word, panel.only]), f"<b>{panel.listed.label}</b><br>{panel.texts.value}")
+    live.show(panel.worker, panel.board([panel.word, panel.only]), panel.find, lambda: f"<b>{panel.listed.label}</b><br>{panel.texts.value}")
 
 
 class _Families(Chooser):

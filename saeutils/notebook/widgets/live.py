@@ -131,11 +131,15 @@ class Worker:
                     self._waiting[pane] = Turn(turn.job, time.monotonic())
 
 
-def show(worker: Worker, panel: w.Widget, static: str) -> None:
-    """Display a panel (with its worker's status in it), and below it, until someone uses it, ``static``: its first state for readers without a kernel."""
+def show(worker: Worker, panel: w.Widget, first: Callable[[Turn], None], static: Callable[[], str]) -> None:
+    """Display a panel (with its worker's status in it), and only then work out its first state, so that nobody waits before nothing.
+
+    Below it stands, until someone uses it, what ``static`` says of that state: for readers without a kernel.
+    """
     _hear_interrupts()
     display(w.VBox([w.HTML(STYLE, layout=w.Layout(height="0px", margin="0")), panel]))
-    below = display(HTML(static), display_id=True)
+    first(Turn(first, 0))
+    below = display(HTML(static()), display_id=True)
 
     def live() -> None:
         worker._first = None

@@ -38,8 +38,7 @@ def pairs_panel(
         if of.empty:
             raise ValueError(f"pairs of {arm!r} is empty: no latent fires often enough")
     panel = _Pairs(pairs, tables, tokenizer)
-    panel.find(live.Turn(panel.find, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board([panel.arm, panel.fate, panel.order]), panel.texts.value)
+    live.show(panel.worker, panel.board([panel.arm, panel.fate, panel.order]), panel.find, lambda: panel.texts.value)
 
 
 class _Pairs(Chooser):

@@ -42,8 +42,7 @@ def probe_panel(
     if not tasks:
         raise ValueError("no tasks: give at least one set of labelled texts")
     panel = _Probes(latents, tasks, encode, sentence)
-    panel.fit(live.Turn(panel.fit, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board(), panel.shown.value)
+    live.show(panel.worker, panel.board(), panel.fit, lambda: panel.shown.value)
 
 
 class _Probes:

@@ -39,8 +39,7 @@ def recovery_panel(run: Callable[[Mapping, Callable[[int], None]], Recovery], me
     if not methods or not laws:
         raise ValueError("name at least one method and one law that run knows")
     panel = _Recovery(run, methods, laws)
-    panel.train(live.Turn(panel.train, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board(), panel.drawn.value)
+    live.show(panel.worker, panel.board(), panel.train, lambda: panel.drawn.value)
 
 
 class _Recovery:

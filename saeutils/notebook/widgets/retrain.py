@@ -32,8 +32,7 @@ def retrain_panel(x: Tensor, heldout: Tensor, *, l1: float = 2.0, gain: float = 
     if len(x) < BATCH:
         raise ValueError(f"x has {len(x):,} rows, fewer than one batch of {BATCH}")
     panel = _Retrain(x, heldout, l1, gain)
-    panel.train(live.Turn(panel.train, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board(), panel.drawn.value)
+    live.show(panel.worker, panel.board(), panel.train, lambda: panel.drawn.value)
 
 
 class _Retrain:

@@ -38,8 +38,7 @@ def swap_panel(
     if not len(people) or not len(methods):
         raise ValueError(f"{len(people)} people and {len(methods)} methods: at least one of each")
     panel = _Swaps(people.reset_index(drop=True), list(concepts), blocks, methods, read, write)
-    panel.answer(live.Turn(panel.answer, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board(), panel.shown.value)
+    live.show(panel.worker, panel.board(), panel.answer, lambda: panel.shown.value)
 
 
 class _Swaps:

@@ -36,8 +36,7 @@ def word_panel(
     if lacking := [arm for arm, of in steps.items() if not len(of) or arm not in tokenizers]:
         raise ValueError(f"arms {lacking} have no checkpoints or no tokenizer: give at least one checkpoint, and a tokenizer each")
     panel = _Words(steps, table, tokenizers, rows, first)
-    panel.find(live.Turn(panel.find, 0))  # the first state, also for who has no kernel
-    live.show(panel.worker, panel.board([panel.word, panel.arm]), panel.texts.value)
+    live.show(panel.worker, panel.board([panel.word, panel.arm]), panel.find, lambda: panel.texts.value)
 
 
 def f1(table: features.LatentTable, first: np.ndarray, second: np.ndarray) -> np.ndarray:
