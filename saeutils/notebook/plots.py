@@ -45,12 +45,15 @@ def lines(
     ax: Axes, data: pd.DataFrame, x: str, y: str, by: str, *, low: str | None = None, high: str | None = None,
     order: Sequence[str] | None = None, along: str | None = None,
 ) -> None:  # fmt: skip
-    """One line for each value of ``by``, with a band from ``low`` to ``high`` where given; ``along``: what joins its points, else ``x``."""
+    """One line for each value of ``by``, with a band from ``low`` to ``high`` where given; ``along``: what joins its points, else ``x``.
+
+    ``order``: all values that there might be; each keeps its colour, and the legend leaves out those without a point.
+    """
     names = list(order) if order is not None else list(dict.fromkeys(data[by]))
     for name, style, marker in zip(names, itertools.cycle(STYLES), itertools.cycle(MARKERS)):
         part = data[data[by] == name].sort_values(along or x)
-        few = len(part) <= 20
-        (line,) = ax.plot(part[x], part[y], ls=style, marker=marker if few else None, ms=4, label=str(name))
+        few, label = len(part) <= 20, str(name) if len(part) else None
+        (line,) = ax.plot(part[x], part[y], ls=style, marker=marker if few else None, ms=4, label=label)
         if low and high:
             ax.fill_between(part[x], part[low], part[high], color=line.get_color(), alpha=0.15, lw=0)
     ax.set(xlabel=x, ylabel=y)

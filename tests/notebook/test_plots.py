@@ -40,3 +40,13 @@ def test_importing_sets_nothing():
 
     code = "import matplotlib as m; before = dict(m.rcParams); import saeutils.notebook.plots; assert dict(m.rcParams) == before"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_a_name_without_points_keeps_its_colour_and_leaves_the_legend():
+    frame = pd.DataFrame([{"x": x, "y": x, "arm": arm} for arm in ("a", "c") for x in range(3)])
+    fig, axes = plots.panels(2)
+    plots.lines(axes[0], frame, "x", "y", "arm", order=["a", "b", "c"])
+    plots.lines(axes[1], pd.concat([frame, frame.assign(arm="b")]), "x", "y", "arm", order=["a", "b", "c"])
+    assert axes[0].get_legend_handles_labels()[1] == ["a", "c"] and axes[1].get_legend_handles_labels()[1] == ["a", "b", "c"]
+    assert [line.get_color() for line in axes[0].lines] == [line.get_color() for line in axes[1].lines]
+    plt.close(fig)
