@@ -172,6 +172,7 @@ from sae_lens import SAE
 assert archives.pinned() and biographies.relations() and files.data_dir().parent.name == "saeutils"
 assert SAE.load_from_disk(files.data_dir() / "sae-gemma-3-270m-block12").cfg.d_in == 640
 assert SAE.load_from_disk(files.data_dir() / "sae-gemma-3-270m-block9").cfg.d_in == 640
+assert SAE.load_from_disk(files.data_dir() / "sae-gemma-3-270m-block9-plain").cfg.d_in == 640
 assert models.located("bilingual-lm/step-0004000").startswith({str(elsewhere)!r})
 print(files.cache_dir())
 """
