@@ -94,7 +94,8 @@ def documents(names: Sequence[str], tokenizer: PreTrainedTokenizerFast, n: int, 
         names: a Japanese and an English source of :func:`saeutils.lm.text.load_text`; or ``tatoeba`` alone, whose pairs are
             split so that no document has its translation on the other side (what the shipped LM was trained on); or any
             other source alone, in whatever language it is.
-        docs, skip: so many, after so many.
+        docs, skip: so many, after so many, in the order of the source. Tatoeba's is nearly alphabetical: what is divided by
+            place instead of at random differs in its texts.
 
     Raises:
         ValueError: the sources end before ``skip`` documents, or are not of these languages.
