@@ -63,17 +63,18 @@ def test_card_of_the_shipped_sae():
     assert card["loss_recovered"] >= 0.95 and card["dead"] <= 0.05
 
 
-@pytest.mark.parametrize("name, latents", [("sae-gemma-3-270m-block9", 4096), ("sae-gemma-3-270m-block9-plain", 2064)])
-def test_the_shipped_pair_takes_raw_activations(name, latents):
+def test_the_shipped_pair_takes_raw_activations():
     from sae_lens import SAE
 
     from saeutils import metrics
     from saeutils.analysis import features
     from saeutils.lm import models
 
-    sae = SAE.load_from_disk(files.data_dir() / name)
-    assert sae.cfg.architecture() == "jumprelu" and sae.cfg.d_sae == latents and sae.cfg.metadata.hook_name == "blocks.9.hook_resid_post"
     lm = models.load_lm("gemma-3-270m", layers=10, device="cpu")
     ids = lm.to_tokens("Japan is an island country in East Asia. It is in the Pacific Ocean off the northeast coast of the Asian mainland.")
-    told = metrics.evaluate(sae, features.residual(lm, sae.cfg.metadata.hook_name, ids)[0, 1:].float())
-    assert 60 <= told["l0"] <= 120 and told["fvu"] < 0.15
+    x = features.residual(lm, "blocks.9.hook_resid_post", ids)[0, 1:].float()
+    for name, latents in (("sae-gemma-3-270m-block9", 4096), ("sae-gemma-3-270m-block9-plain", 2064)):
+        sae = SAE.load_from_disk(files.data_dir() / name)
+        assert sae.cfg.architecture() == "jumprelu" and sae.cfg.d_sae == latents and sae.cfg.metadata.hook_name == "blocks.9.hook_resid_post"
+        told = metrics.evaluate(sae, x)
+        assert 60 <= told["l0"] <= 120 and told["fvu"] < 0.15, name
